@@ -1,0 +1,209 @@
+"""Every setting of a run: typed, documented, validated.  Unknown keys are errors.
+
+A run's settings are a YAML file plus flags (`--optimizer.learning_rate 1e-5`); a flag wins over the file.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from codiemb_jax.errors import UserError, listed
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Paths = list[Path]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSettings(Section):
+    path: Annotated[str, Field(min_length=1)]
+    """Folder in Hugging Face format, an Orbax folder of this project, or a hub id."""
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether a token sees its whole text or only what stands before it."""
+    pooling: Literal["mean"] = "mean"
+    """How a text's tokens become one vector."""
+    normalize: Literal[True] = True
+    """Scale vectors to length 1."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and matrix products.  On a CPU the default is float32."""
+    param_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Type of the master weights and of the optimizer's moments."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass computes again: nothing, all but the matrix products, or all of a layer."""
+    attention_backend: Literal["auto", "xla"] = "auto"
+    """Which kernel computes attention."""
+
+
+class PromptSettings(Section):
+    begin: str = ""
+    """Literal special tokens before every text; none are added otherwise."""
+    query: str = "Instruction: {instruction} Query: "
+    """Before a query with an instruction; left out when the example has none."""
+    passage: str = ""
+    """Before an IR passage."""
+    end: str = ""
+    """Literal special tokens after every text; truncation keeps them."""
+    default_instruction: str = "Given a search query, retrieve passages that answer the question"
+    """Instruction of the exported query prompt."""
+
+    @model_validator(mode="after")
+    def _placeholder(self) -> "PromptSettings":
+        if self.query and self.query.count("{instruction}") != 1:
+            raise ValueError("query must hold the placeholder {instruction} exactly once")
+        return self
+
+
+class DataSettings(Section):
+    ir: Paths = []
+    """Retrieval data: .json/.jsonl files or folders of them; each file is one data set."""
+    sts: Paths = []
+    """Similarity data, likewise."""
+    sampler: Literal["dynamic", "single"] = "dynamic"
+    """dynamic: each task has its own batch size; single: one batch size for both."""
+    ir_global_batch_size: Positive = 224
+    """Queries in a retrieval step, over all devices."""
+    sts_global_batch_size: Positive = 256
+    """Pairs in a similarity step, over all devices."""
+    positives_per_query: Positive = 2
+    """Positives drawn for each query."""
+    negatives_per_query: Annotated[int, Field(ge=0)] = 4
+    """Hard negatives drawn for each query."""
+    query_max_tokens: Positive = 1024
+    """Longest query in tokens, prompt and special tokens included."""
+    passage_max_tokens: Positive = 1024
+    """Longest passage, likewise."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataSettings":
+        if not self.ir and not self.sts:
+            raise ValueError("give at least one path under data.ir or data.sts")
+        if self.sampler == "single" and self.ir and self.sts:
+            if self.ir_global_batch_size != self.sts_global_batch_size:
+                raise ValueError(
+                    "sampler: single has one batch size: set ir_global_batch_size and sts_global_batch_size alike"
+                )
+        return self
+
+
+class ObjectiveSettings(Section):
+    ir: Literal["info_nce"] = "info_nce"
+    """Objective of retrieval steps."""
+    sts: Literal["codi"] = "codi"
+    """Objective of similarity steps: mid-layer InfoNCE, Pearson, rank KL and PRO, weighted."""
+    temperature: AboveZero = 0.02
+    """Temperature of both InfoNCE losses."""
+    ir_pool_size: Positive | None = None
+    """Queries compared with each other; null: the whole global batch."""
+    sts_list_size: Positive | None = 32
+    """Pairs ranked with each other; null: the whole global batch."""
+    list_temperature: AboveZero = 0.05
+    """Temperature of rank KL and PRO."""
+    pearson_weight: NonNegative = 2.0
+    """Weight of the Pearson loss."""
+    rank_kl_weight: NonNegative = 5.0
+    """Weight of the rank KL loss."""
+    pro_weight: NonNegative = 0.5
+    """Weight of the PRO loss."""
+    mid_info_nce_weight: NonNegative = 1.0
+    """Weight of InfoNCE on the middle layer; 0: off."""
+    mid_info_nce_threshold: float = 1.0
+    """Pairs with at least this score are positives of the middle layer's InfoNCE."""
+
+
+class OptimizerSettings(Section):
+    learning_rate: NonNegative = 4.0e-5
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of all steps (rounded up) over which the rate rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Overrides warmup_ratio."""
+    epochs: Positive = 4
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Overrides epochs."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decay of matrices; norms and biases are never decayed."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
+    eps: AboveZero = 1.0e-8
+    """AdamW's epsilon."""
+    clip_norm: AboveZero | None = None
+    """Longest gradient; null: not clipped."""
+
+
+class MeshSettings(Section):
+    data: Annotated[int, Field(ge=-1)] = -1
+    """Devices that hold different rows and the same weights; -1: all that are left."""
+    fsdp: Positive = 1
+    """Devices that hold different rows and share one copy of the weights."""
+    tensor: Positive = 1
+    """Devices that share the heads and the MLP of each layer."""
+
+    @model_validator(mode="after")
+    def _data(self) -> "MeshSettings":
+        if self.data == 0:
+            raise ValueError("data must be -1 (all devices that are left) or at least 1")
+        return self
+
+
+class CheckpointSettings(Section):
+    every_steps: Positive | None = None
+    """Save after this many steps."""
+    every_epochs: Positive | None = 1
+    """Save after this many epochs."""
+    keep: Positive = 3
+    """How many of the newest checkpoints stay."""
+
+
+class EvaluationSettings(Section):
+    ir: Paths = []
+    """Held-out retrieval data, unified format: nDCG@10 over all its passages."""
+    sts: Paths = []
+    """Held-out similarity data: Spearman correlation."""
+
+
+class Settings(BaseSettings):
+    """All settings of a run, checked."""
+
+    model_config = SettingsConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    output_dir: Path
+    """Folder of everything the run leaves."""
+    seed: Annotated[int, Field(ge=0)] = 49
+    """Seed of the data order and of every choice."""
+    model: ModelSettings
+    prompt: PromptSettings = PromptSettings()
+    data: DataSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    encode_chunks: Positive = 1
+    """Encode a batch in this many chunks: the same gradient at the memory of one chunk."""
+    mesh: MeshSettings = MeshSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    export: bool = True
+    """Write a Hugging Face folder to output_dir/export at the end."""
+
+    @model_validator(mode="after")
+    def _pools(self) -> "Settings":
+        batch, pool = self.data.ir_global_batch_size, self.objective.ir_pool_size
+        if self.data.ir and pool and batch % pool:
+            raise ValueError(
+                f"objective.ir_pool_size {pool} must divide data.ir_global_batch_size {batch}"
+            )
+        batch, size = self.data.sts_global_batch_size, self.objective.sts_list_size
+        if self.data.sts and size and batch % size:
+            raise ValueError(
+                f"objective.sts_list_size {size} must divide data.sts_global_batch_size {batch}"
+            )
+        return self
