@@ -3,13 +3,13 @@
 A run's settings are a YAML file plus flags (`--optimizer.learning_rate 1e-5`); a flag wins over the file.
 """
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from codiemb_jax.errors import UserError, listed
 
@@ -175,7 +175,13 @@ class EvaluationSettings(Section):
 class Settings(BaseSettings):
     """All settings of a run, checked."""
 
-    model_config = SettingsConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        cli_parse_none_str="null",
+        cli_exit_on_error=False,
+        cli_prog_name="python -m codiemb_jax.train --config FILE",
+    )
 
     output_dir: Path
     """Folder of everything the run leaves."""
@@ -207,3 +213,66 @@ class Settings(BaseSettings):
                 f"objective.sts_list_size {size} must divide data.sts_global_batch_size {batch}"
             )
         return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # the file and the flags, never the environment
+
+
+def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
+    """Settings from a YAML file and flags (`--section.key VALUE`), which win.
+
+    UserError that names file, line and field of everything that is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected settings (`output_dir: …`), found {type(values).__name__}")
+    try:
+        return CliApp.run(Settings, cli_args=list(flags), **{str(name): value for name, value in values.items()})
+    except SettingsError as error:
+        raise UserError(str(error).removeprefix("error parsing CLI: ")) from error
+    except ValidationError as error:
+        given = {flag.split("=")[0].removeprefix("--") for flag in flags}
+        problems = [_problem(problem, node, path, given) for problem in error.errors()]
+        raise UserError("settings cannot be used:\n" + listed(problems)) from error
+
+
+def _problem(problem: Any, node: yaml.Node | None, path: Path, flags: set[str]) -> str:
+    """One thing that is wrong with the settings: where it stands, what is wrong, what is there."""
+    field = ".".join(str(part) for part in problem["loc"])
+    line = _line(node, problem["loc"])
+    place = "--" if field in flags else f"{path}:{line}: " if line else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{place}{field}: there is no such setting"
+    if problem["type"] == "missing":
+        return f"{path}: {field}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return f"{place}{field + ': ' if field else ''}{message}{given}"
+
+
+def _line(node: yaml.Node | None, location: Sequence[Any]) -> int | None:
+    """The line of a setting in the file, from 1; None if it does not stand there."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                return None
+            key, node = found[0]
+            line = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line

@@ -5,3 +5,50 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json  # noqa: E402
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+REPOSITORY = Path(__file__).parent.parent
+SENTENCES = [
+    "Instruction: Given a question, retrieve passages that answer it. Query: what is the capital of France?",
+    "The capital of France is Paris, a city on the Seine.",
+    "怎样更换自行车的内胎？先把轮子拆下来。",
+    "2024 was the warmest year on record.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files() -> Callable[[Path], None]:
+    """Writes a small byte-level BPE tokenizer, of GPT-2's kind, into a folder."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
+
+    def write(folder: Path) -> None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    script = REPOSITORY / "scripts" / "make_smollm2.py"
+    subprocess.run([sys.executable, script, "--output", folder], check=True, capture_output=True, timeout=300)
+    return folder

@@ -1,0 +1,1 @@
+"""Files -> planned, placed batches."""

@@ -1,0 +1,177 @@
+"""Parameters + blueprint -> a Hugging Face folder that sentence-transformers loads without remote code."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from codiemb_jax import __version__
+from codiemb_jax.config import PromptSettings
+from codiemb_jax.data.prompts import PromptEncoder
+from codiemb_jax.data.records import Triple
+from codiemb_jax.models.blueprint import Blueprint, write_files
+from codiemb_jax.models.families import family_of
+from codiemb_jax.models.weights import Params, write_weights
+
+PROBES = (
+    "what is the capital of France",
+    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
+    "How do I reset my password?",
+    "2024 年全球平均气温再创新高",
+    "怎样更换自行车的内胎？",
+    "“Quoted”, (bracketed) and C++20",
+    "Überraschend schöne Straßen führen über den Pass",
+    "The committee met in the spring to settle the budget of the coming year, heard the reports of the three working "
+    "groups on roads, schools and water, and put off the vote on the new bridge until the engineers had answered the "
+    "questions that the neighbouring towns had raised about its height, its cost and the traffic it would bring.",
+)
+"""Texts over which an export is tried."""
+
+
+def write_export(
+    folder: Path, params: Params, untrained: Mapping[str, np.ndarray], blueprint: Blueprint, *, stock: bool
+) -> None:
+    """Writes the folder whole or not at all; one that is there is replaced.
+
+    stock: as the architecture that transformers itself knows (utu becomes Qwen3); else config.json and the
+    model's own code files stay as they came.
+    """
+    temporary = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    family = family_of(blueprint.config)
+    write_weights(temporary, params, untrained, family, blueprint.prefix, blueprint.dtypes)
+    config = family.stock(blueprint.config) if stock else blueprint.config
+    _write_json(temporary / "config.json", _described(config, blueprint.attention))
+    if not stock:
+        write_files(temporary, blueprint.code)
+    prompts = export_prompts(PromptSettings(**blueprint.prompt))
+    _write_tokenizer(temporary, blueprint, prompts["query"])
+    _write_sentence_transformers(temporary, blueprint, prompts, int(params["norm"].shape[-1]))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def export_prompts(prompt: PromptSettings) -> dict[str, str]:
+    """The prompts by sentence-transformers' names; the end token comes from the tokenizer."""
+    query = prompt.begin + prompt.query.replace("{instruction}", prompt.default_instruction)
+    return {"query": query, "document": prompt.begin + prompt.passage}
+
+
+def _described(config: dict[str, Any], attention: str) -> dict[str, Any]:
+    """config.json as it fits the weights that are written, and the direction of attention in both spellings:
+    `is_causal` for transformers, the other for vLLM and TEI.
+    """
+    bidirectional = attention == "bidirectional"
+    config = {name: value for name, value in config.items() if name != "quantization_config"}  # weights are plain
+    return {**config, "is_causal": not bidirectional, "use_bidirectional_attention": bidirectional}
+
+
+def _write_tokenizer(folder: Path, blueprint: Blueprint, query_prompt: str) -> None:
+    """The tokenizer, changed so that it adds the end token, and nothing else, by itself."""
+    write_files(folder, blueprint.files)
+    tokenizer = blueprint.tokenizer()
+    end_ids = tokenizer(blueprint.prompt["end"], add_special_tokens=False)["input_ids"]
+    backend = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    backend |= {"post_processor": _appends(tokenizer, end_ids), "truncation": None, "padding": None}
+    if _blank_merges(tokenizer, blueprint, query_prompt):
+        # sentence-transformers takes as many tokens for the prompt as the prompt alone has.  The blank at its end
+        # is a token there, but part of the text's first word in front of a text.
+        strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+        others = [backend["normalizer"]] if backend.get("normalizer") else []
+        backend["normalizer"] = {"type": "Sequence", "normalizers": [strip, *others]}
+    _write_json(folder / "tokenizer.json", backend)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in ("auto_map", "add_bos_token", "add_eos_token", "backend"):  # tokenizer.json says it all
+        config.pop(name, None)
+    _write_json(
+        path,
+        {**config, "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
+        | {"model_max_length": blueprint.max_tokens},
+    )
+
+
+def _appends(tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]) -> dict[str, Any]:
+    """A post-processor (tokenizers' TemplateProcessing) that puts the end tokens behind a text."""
+    names = {tokenizer.convert_ids_to_tokens(i): i for i in end_ids}
+    end = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
+    special = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in names.items()}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, *end],
+        "pair": [first, *end, second, *end],
+        "special_tokens": special,
+    }
+
+
+def _blank_merges(tokenizer: PreTrainedTokenizerFast, blueprint: Blueprint, query_prompt: str) -> bool:
+    """Whether the blank at the query prompt's end becomes part of the next word, for most probe texts."""
+    prompt = PromptSettings(**blueprint.prompt)
+    encoder = PromptEncoder(tokenizer, prompt)
+    texts = encoder.encode_queries([Triple(prompt.default_instruction, "", text) for text in PROBES], 10**6)
+    alone = len(tokenizer(query_prompt, add_special_tokens=False)["input_ids"])
+    return sum(text.content < alone for text in texts) > len(texts) / 2
+
+
+def _write_sentence_transformers(folder: Path, blueprint: Blueprint, prompts: dict[str, str], dim: int) -> None:
+    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize")]
+    _write_json(
+        folder / "modules.json",
+        [
+            {"idx": int(name), "name": name, "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for name, path, kind in modules
+        ],
+    )
+    (folder / "1_Pooling").mkdir()
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    pooling: dict[str, Any] = {"word_embedding_dimension": dim}
+    pooling |= {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}  # the keys that TEI reads
+    _write_json(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": False})
+    (folder / "2_Normalize").mkdir()
+    _write_json(folder / "2_Normalize" / "config.json", {})
+    sentence = {"max_seq_length": blueprint.max_tokens, "do_lower_case": False}
+    _write_json(folder / "sentence_bert_config.json", sentence)
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine", "model_type": "SentenceTransformer"},
+    )
+    (folder / "README.md").write_text(_card(blueprint, prompts, dim), encoding="utf-8")
+
+
+def _card(blueprint: Blueprint, prompts: dict[str, str], dim: int) -> str:
+    rows = "\n".join(f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in prompts.items())
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction, sentence-similarity, codiemb]
+---
+
+# Text embedding model
+
+Fine-tuned with [CoDiEmb](https://arxiv.org/abs/2508.11442) by codiemb_jax {__version__}. It maps a text of up to
+{blueprint.max_tokens} tokens to a unit vector of {dim} dimensions; similarity is the dot product.
+Attention is {blueprint.attention}; a vector is the mean over the text's tokens, the prompt's left out.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("FOLDER")
+queries = model.encode_query(["how do plants make sugar"])
+documents = model.encode_document(["Photosynthesis turns light, water and carbon dioxide into sugar."])
+print(model.similarity(queries, documents))
+```
+
+| prompt | text |
+|---|---|
+{rows}
+"""
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

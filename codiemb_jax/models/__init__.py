@@ -1,0 +1,1 @@
+"""Token ids -> one vector a text."""

@@ -1,0 +1,20 @@
+"""Model families: how each one's Hugging Face config and weight names map to ours.
+
+The family is what `model_type` in config.json says, never guessed from a path.
+"""
+
+from typing import Any
+
+from codiemb_jax.errors import UserError
+from codiemb_jax.models.families import llama, qwen3, utu
+from codiemb_jax.models.families.family import Family
+
+FAMILIES = {family.model_type: family for family in (llama.FAMILY, qwen3.FAMILY, utu.FAMILY)}
+
+
+def family_of(hf: dict[str, Any]) -> Family:
+    """The family of a config.json.  UserError if there is none for it."""
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]

@@ -1,0 +1,13 @@
+"""Qwen3: transformers' Qwen3Model, a Llama with RMSNorm of each head's queries and keys."""
+
+from functools import partial
+
+from codiemb_jax.models.families.family import LM_EXTRAS, Family, decoder_weights, read_decoder_config
+
+FAMILY = Family(
+    model_type="qwen3",
+    read_config=partial(read_decoder_config, qk_norm=True, default_head_dim=128),
+    weights=decoder_weights(qk_norm=True),
+    untrained=LM_EXTRAS,
+    stock=lambda hf: hf,
+)

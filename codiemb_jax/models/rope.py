@@ -1,0 +1,72 @@
+"""Rotary position embedding: default, linear and llama3 scaling."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from codiemb_jax.errors import UserError
+
+KINDS = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Settings of the rotation, named as in Hugging Face's `rope_scaling`."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> "Rope":
+        """Reads both spellings: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5)."""
+        scaling = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        theta = scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in KINDS:
+            raise UserError(f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(KINDS)}")
+        if (partial := scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))) != 1.0:
+            raise UserError(f"config.json: partial_rotary_factor {partial} is not supported; supported is 1.0")
+        names = {
+            "default": (),
+            "linear": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }[kind]
+        if missing := [name for name in names if name not in scaling]:
+            raise UserError(f"config.json: rope_type {kind} needs {', '.join(missing)} under rope_scaling")
+        return cls(theta=float(theta), kind=kind, **{name: scaling[name] for name in names})
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """Angle per position of each pair of dimensions, float32 [head_dim / 2]."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        # Rounded where PyTorch rounds: at position 500 one unit in the last place turns a pair by 3e-5.
+        inverse = np.float32(1.0) / (self.theta ** exponents.astype(np.float64)).astype(np.float32)
+        if self.kind == "linear":
+            return inverse / np.float32(self.factor)
+        if self.kind == "llama3":
+            # Long wavelengths are stretched by `factor`, short ones kept, those between blended.
+            wavelength = 2 * np.pi / inverse
+            turns = self.original_max_position_embeddings / wavelength
+            blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            blend = np.clip(blend, 0.0, 1.0).astype(np.float32)
+            return (1 - blend) * inverse / np.float32(self.factor) + blend * inverse
+        return inverse
+
+
+def rotation(inverse_frequencies: np.ndarray, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [rows, 1, tokens, head_dim / 2], of int positions [rows, tokens]."""
+    angles = positions[:, None, :, None].astype(jnp.float32) * inverse_frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """Turns [rows, heads, tokens, head_dim]: the first half of the dimensions pairs with the second."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cosine, sine = cosine.astype(x.dtype), sine.astype(x.dtype)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)

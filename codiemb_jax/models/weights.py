@@ -1,0 +1,207 @@
+"""safetensors <-> our parameters, by a family's table, both ways and bitwise.
+
+Our parameters are a nested dict of arrays; a weight's path in the table is its keys joined by dots.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from codiemb_jax.errors import UserError, listed
+from codiemb_jax.models.families.family import Family, Weight
+
+Params = dict[str, Any]
+
+SHARD_BYTES = 5 * 10**9
+"""Largest weight file that an export writes, the limit that Hugging Face's own files keep."""
+
+NUMPY_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+class WeightFiles:
+    """The safetensors files of a folder, open for reading: one, or shards with an index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}  # weight name -> open file
+        for path in self._paths():
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="numpy"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def _paths(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{index}: expected a JSON object with `weight_map`") from error
+            for name in names:
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise UserError(f"{index}: weight_map: {name!r} is not the name of a file in this folder")
+            paths = [self.folder / name for name in names]
+        else:
+            paths = [self.folder / "model.safetensors"]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise UserError(
+                f"{self.folder}: {', '.join(missing)} not found; weights must be safetensors "
+                "(a pickled pytorch_model.bin is not read: convert it with transformers' save_pretrained)"
+            )
+        return paths
+
+    def __enter__(self) -> "WeightFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def dtypes(self) -> dict[str, str]:
+        """Type of each weight by name."""
+        return {name: file.get_slice(name).get_dtype() for name, file in self._files.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A weight, or the block of it that `index` names; only that much is read."""
+        return self._files[name].get_slice(name)[index] if index else self._files[name].get_tensor(name)
+
+
+def find_prefix(names: Mapping[str, Any]) -> str:
+    """`model.` for the checkpoint of a language model, nothing for that of a base model."""
+    return "model." if any(name.startswith("model.") for name in names) else ""
+
+
+def _leaf(params: Params, path: str) -> Any:
+    for key in path.split("."):
+        params = params[key]
+    return params
+
+
+def _names(weight: Weight, prefix: str, layers: int) -> list[str]:
+    """The checkpoint's names of one of our weights: one a layer, or just one."""
+    if "{layer}" not in weight.theirs:
+        return [prefix + weight.theirs]
+    return [prefix + weight.theirs.format(layer=layer) for layer in range(layers)]
+
+
+def check_weights(files: WeightFiles, family: Family, prefix: str, abstract: Params) -> list[str]:
+    """Compares names, shapes and types with what the model needs; UserError that lists every difference.
+
+    Returns the names that the checkpoint holds beyond the model and that the family allows.
+    """
+    dtypes = files.dtypes()
+    missing, misshaped, wanted = [], [], set()
+    for weight in family.weights:
+        leaf = _leaf(abstract, weight.ours)
+        stacked = "{layer}" in weight.theirs
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if weight.transpose else shape
+        for name in _names(weight, prefix, leaf.shape[0]):
+            wanted.add(name)
+            if name not in dtypes:
+                missing.append(f"missing: {name} {list(shape)}")
+            elif files.shape(name) != shape:
+                misshaped.append(f"shape: {name} is {list(files.shape(name))}, config.json makes it {list(shape)}")
+            elif dtypes[name] not in NUMPY_TYPES:
+                misshaped.append(f"type: {name} is {dtypes[name]}, supported are {', '.join(NUMPY_TYPES)}")
+    beyond = sorted(set(dtypes) - wanted)
+    allowed = [name for name in beyond if any(fnmatchcase(name.removeprefix(prefix), p) for p in family.untrained)]
+    extra = [f"left over: {name} {list(files.shape(name))}" for name in beyond if name not in allowed]
+    if problems := missing + misshaped + extra:
+        raise UserError(
+            f"{files.folder}: weights do not fit config.json (model_type {family.model_type}):\n"
+            + listed(problems, limit=len(problems))
+        )
+    return allowed
+
+
+def read_weights(files: WeightFiles, family: Family, prefix: str, abstract: Params) -> Params:
+    """Reads every weight into the shape, type and sharding of `abstract`, block by block for each device."""
+    params: Params = {}
+    for weight in family.weights:
+        leaf = _leaf(abstract, weight.ours)
+        names = _names(weight, prefix, leaf.shape[0])
+
+        def block(index, weight=weight, names=names, dtype=leaf.dtype):  # noqa: ANN001, ANN202
+            within = index[1:] if "{layer}" in weight.theirs else index
+            blocks = [
+                files.read(name, within[::-1] if weight.transpose else within)
+                for name in (names[index[0]] if "{layer}" in weight.theirs else names)
+            ]
+            blocks = [(block.T if weight.transpose else block).astype(dtype) for block in blocks]
+            return np.stack(blocks) if "{layer}" in weight.theirs else blocks[0]
+
+        *parents, last = weight.ours.split(".")
+        place = params
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = jax.make_array_from_callback(leaf.shape, leaf.sharding, block)
+    return params
+
+
+def named_weights(params: Params, family: Family, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Every weight under its checkpoint name, in the checkpoint's layout."""
+    for weight in family.weights:
+        leaf = np.asarray(_leaf(params, weight.ours))
+        names = _names(weight, prefix, leaf.shape[0])
+        for name, value in zip(names, leaf if "{layer}" in weight.theirs else [leaf], strict=True):
+            yield name, value.T if weight.transpose else value
+
+
+def write_weights(
+    folder: Path,
+    params: Params,
+    untrained: Mapping[str, np.ndarray],
+    family: Family,
+    prefix: str,
+    dtypes: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes model.safetensors, or shards with an index where they would exceed `shard_bytes`.
+
+    Each weight is written in the type that `dtypes` names, the one in which it came.
+    """
+    shard: dict[str, np.ndarray] = {}
+    paths: list[Path] = []
+    weight_map: dict[str, Path] = {}
+    total = 0
+
+    def flush() -> None:
+        paths.append(folder / f"shard-{len(paths) + 1}.safetensors")
+        save_file(shard, paths[-1], metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, paths[-1]))
+        shard.clear()
+
+    for name, value in chain(named_weights(params, family, prefix), untrained.items()):
+        value = np.ascontiguousarray(value, dtype=NUMPY_TYPES.get(dtypes[name], value.dtype))
+        if shard and sum(kept.nbytes for kept in shard.values()) + value.nbytes > shard_bytes:
+            flush()
+        shard[name] = value
+        total += value.nbytes
+    flush()
+    if len(paths) == 1:
+        paths[0].rename(folder / "model.safetensors")
+        return
+    # Their number, which every shard's name holds, is known only now.
+    final = {path: f"model-{i:05}-of-{len(paths):05}.safetensors" for i, path in enumerate(paths, 1)}
+    for path, name in final.items():
+        path.rename(folder / name)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: final[path] for name, path in sorted(weight_map.items())},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

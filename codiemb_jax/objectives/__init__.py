@@ -1,0 +1,1 @@
+"""Vectors and labels -> one scalar."""

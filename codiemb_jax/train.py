@@ -1,0 +1,229 @@
+"""python -m codiemb_jax.train --config FILE [--section.key VALUE ...]
+
+Trains an encoder: config -> data -> steps -> checkpoints -> export.  Started again with the same command, it
+continues from the newest checkpoint of `output_dir`.
+"""
+
+import argparse
+import json
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from codiemb_jax.config import Settings, load_settings
+from codiemb_jax.data.loader import batches
+from codiemb_jax.data.prepare import PreparedDataSet, cache_folder, prepare
+from codiemb_jax.data.prompts import PromptEncoder
+from codiemb_jax.data.records import find_files, read_records
+from codiemb_jax.data.sampler import Plan, Source, StepPlan
+from codiemb_jax.encode import Embedder
+from codiemb_jax.errors import UserError, listed, run_program
+from codiemb_jax.evaluate import HeldOut, evaluate
+from codiemb_jax.export import write_export
+from codiemb_jax.models.weights import Params
+from codiemb_jax.training.checkpoint import Checkpoints
+from codiemb_jax.training.mesh import by_row, make_mesh, row_shards
+from codiemb_jax.training.metrics import MetricsLog
+from codiemb_jax.training.model import ModelFolder, open_model
+from codiemb_jax.training.schedule import learning_rate
+from codiemb_jax.training.state import TrainState, abstract_opt_state, initial_opt_state, make_optimizer
+from codiemb_jax.training.step import Metrics, make_step
+
+FREE_TO_CHANGE = ("output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation")
+"""Settings that may differ when a run is continued: they do not change what is computed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m codiemb_jax.train", description=__doc__, add_help=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings, YAML")
+    parser.add_argument("-h", "--help", action="store_true")
+    known, flags = parser.parse_known_args(arguments)
+    if known.help:
+        parser.print_help()
+        print("\nEvery setting is also a flag; docs/settings.md describes them all.")
+        return
+    if known.config is None:
+        raise UserError("--config FILE is missing: give the settings, for example configs/quickstart.yaml")
+    train(load_settings(known.config, flags))
+
+
+def train(settings: Settings) -> None:
+    """Trains as the settings say, or continues the run of the same settings in `output_dir`.
+
+    Whatever the user may have got wrong is found before anything is written.
+    """
+    settings = with_platform_defaults(settings)
+    mesh = make_mesh(settings.mesh)
+    check_batches(settings, row_shards(mesh))
+    check_same_run(settings)
+    longest = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
+    model = open_model(settings.model, settings.prompt, mesh, longest)
+    encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
+    check_held_out(settings)
+    data_sets = prepare_data(settings, encoder)
+    plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings.data, settings.seed)
+    embedder = Embedder(model.graph, encoder, mesh, longest, settings.prompt.default_instruction)
+
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(settings.output_dir / "checkpoints", settings.checkpoint, plan.steps_per_epoch)
+    if not checkpoints.latest():
+        write_whole(settings.output_dir / "config.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    with jax.set_mesh(mesh):
+        untrained = model.load_untrained()
+        initial = None if checkpoints.latest() else model.load()
+        before = held_out_before(settings, initial, embedder)
+        params = run_steps(settings, model, plan, data_sets, checkpoints, initial, untrained)
+        after = evaluate(embedder.with_params(params), settings.evaluation)
+        if settings.export:
+            write_export(settings.output_dir / "export", params, untrained, model.blueprint, stock=True)
+    report(settings, before, after)
+
+
+def run_steps(
+    settings: Settings,
+    model: ModelFolder,
+    plan: Plan,
+    data_sets: Sequence[PreparedDataSet],
+    checkpoints: Checkpoints,
+    initial: Params | None,
+    untrained: Mapping[str, np.ndarray],
+) -> Params:
+    """Runs all steps, or (initial: None) those after the newest checkpoint; returns the trained parameters.
+
+    `initial` is donated to the first step.
+    """
+    steps = settings.optimizer.max_steps or settings.optimizer.epochs * plan.steps_per_epoch
+    schedule = learning_rate(settings.optimizer, steps)
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    layout = TrainState(model.abstract, abstract_opt_state(optimizer, model.abstract))
+    done = checkpoints.latest()
+    if initial is None:
+        state = checkpoints.restore(done, layout)
+    else:
+        state = TrainState(initial, initial_opt_state(optimizer, initial))
+    mesh = layout.params["norm"].sharding.mesh
+    step = make_step(model.graph, optimizer, schedule, settings, mesh, layout)
+    log = MetricsLog(settings.output_dir, [data_set.name for data_set in data_sets], done, steps)
+    waiting: tuple[StepPlan, Metrics] | None = None  # a step's metrics are read while the next one runs
+    for step_plan, batch in batches(plan, data_sets, by_row(mesh), start=done, stop=steps):
+        state, metrics = step(state, np.int32(step_plan.number), batch)
+        if waiting:
+            log.write(*waiting)
+        waiting = (step_plan, metrics)
+        done = step_plan.number + 1
+        if checkpoints.due(done) or done == steps:
+            # The lines of all steps that a checkpoint holds must be on disk before it.
+            log.write(*waiting)
+            log.flush()
+            waiting = None
+            checkpoints.save(done, state, untrained, model.blueprint)
+    log.close()
+    checkpoints.close()
+    return state.params
+
+
+def with_platform_defaults(settings: Settings) -> Settings:
+    """On a CPU the model computes in float32 unless the settings name a type: bfloat16 is slower there."""
+    if jax.default_backend() != "cpu" or "compute_dtype" in settings.model.model_fields_set:
+        return settings
+    model = settings.model.model_copy(update={"compute_dtype": "float32"})
+    return settings.model_copy(update={"model": model})
+
+
+def check_batches(settings: Settings, shards: int) -> None:
+    """UserError unless every device gets the same number of examples in every chunk."""
+    problems = []
+    for task, paths in (("ir", settings.data.ir), ("sts", settings.data.sts)):
+        size = getattr(settings.data, f"{task}_global_batch_size")
+        if paths and size % (shards * settings.encode_chunks):
+            problems.append(
+                f"data.{task}_global_batch_size {size} must be a multiple of {shards * settings.encode_chunks}: "
+                f"{shards} devices with rows of their own (mesh.data x mesh.fsdp) x encode_chunks "
+                f"{settings.encode_chunks}"
+            )
+    if problems:
+        raise UserError("batch sizes do not divide over the mesh:\n" + listed(problems))
+
+
+def check_same_run(settings: Settings) -> None:
+    """UserError if output_dir holds checkpoints of a run that computes something else."""
+    path = settings.output_dir / "config.yaml"
+    if not path.exists() or not (settings.output_dir / "checkpoints").exists():
+        return
+    earlier, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(settings.model_dump(mode="json"))
+    differences = [
+        f"{name}: {earlier.get(name)} there, {now.get(name)} now"
+        for name in sorted(earlier.keys() | now.keys())
+        if earlier.get(name) != now.get(name) and name.split(".")[0] not in FREE_TO_CHANGE
+    ]
+    if differences:
+        raise UserError(
+            f"{settings.output_dir} holds a run with other settings; give the same settings to continue it, or another "
+            "output_dir to start a new one:\n" + listed(differences)
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def prepare_data(settings: Settings, encoder: PromptEncoder) -> list[PreparedDataSet]:
+    """Every file as a tokenised data set, retrieval first, in the order of their paths."""
+    files = [(path, "ir") for path in find_files(settings.data.ir, "data.ir")]
+    files += [(path, "sts") for path in find_files(settings.data.sts, "data.sts")]
+    limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
+    return [prepare(path, task, encoder, cache=cache_folder(), **limits) for path, task in files]
+
+
+def check_held_out(settings: Settings) -> None:
+    """Reads the held-out files once, so that a mistake in them shows before training and not after."""
+    for task, paths in (("ir", settings.evaluation.ir), ("sts", settings.evaluation.sts)):
+        for path in find_files(paths, f"evaluation.{task}"):
+            deque(read_records(path, task), maxlen=0)
+
+
+def held_out_before(settings: Settings, initial: Params | None, embedder: Embedder) -> HeldOut:
+    """Figures of the model as it came; a continued run takes them from where its start wrote them."""
+    path = settings.output_dir / "evaluation.json"
+    if initial is None:
+        return json.loads(path.read_text(encoding="utf-8"))["before"] if path.exists() else {}
+    before = evaluate(embedder.with_params(initial), settings.evaluation)
+    write_whole(path, json.dumps({"before": before}, indent=2) + "\n")
+    return before
+
+
+def report(settings: Settings, before: HeldOut, after: HeldOut) -> None:
+    """Prints and keeps the held-out figures."""
+    write_whole(
+        settings.output_dir / "evaluation.json", json.dumps({"before": before, "after": after}, indent=2) + "\n"
+    )
+    table = Table("held-out", "before", "after", title=None)
+    for name, figure in after.items():
+        table.add_row(name, f"{before[name]:.4f}" if name in before else "", f"{figure:.4f}")
+    console = Console()
+    if after:
+        console.print(table)
+    if settings.export:
+        console.print(f"exported to {settings.output_dir / 'export'}", soft_wrap=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,108 @@
+"""Checkpoints: what is in them, saving, restoring.  The only file that knows Orbax.
+
+A checkpoint is one folder that holds the parameters, the blueprint of the model, the weights that training does
+not touch and, in a run, the optimizer's state.  It is written under another name and renamed when complete, so
+a folder that is there is whole.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from codiemb_jax.config import CheckpointSettings
+from codiemb_jax.errors import UserError
+from codiemb_jax.models.blueprint import Blueprint
+from codiemb_jax.models.weights import Params
+from codiemb_jax.training.state import TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save
+
+
+class Checkpoints:
+    """The checkpoints of a run, a folder for each number of steps done; saved in the background."""
+
+    def __init__(self, folder: Path, settings: CheckpointSettings, steps_per_epoch: int):
+        self._settings, self._steps_per_epoch = settings, steps_per_epoch
+        options = ocp.CheckpointManagerOptions(max_to_keep=settings.keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def due(self, done: int) -> bool:
+        """Whether to save when `done` steps are done."""
+        steps, epochs = self._settings.every_steps, self._settings.every_epochs
+        return bool((steps and done % steps == 0) or (epochs and done % (epochs * self._steps_per_epoch) == 0))
+
+    def latest(self) -> int:
+        """Steps done at the newest checkpoint; 0 if there is none."""
+        return self._manager.latest_step() or 0
+
+    def save(
+        self, done: int, state: TrainState, untrained: Mapping[str, np.ndarray], blueprint: Blueprint
+    ) -> None:
+        """Starts saving and returns once the state is copied."""
+        items = _items(state.params, untrained, blueprint) | {"optimizer": ocp.args.StandardSave(state.opt_state)}
+        self._manager.save(done, args=ocp.args.Composite(**items))
+
+    def restore(self, done: int, abstract: TrainState) -> TrainState:
+        """The state after `done` steps, in the shapes, types and shardings of `abstract`."""
+        restored = self._manager.restore(
+            done,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params), optimizer=ocp.args.StandardRestore(abstract.opt_state)
+            ),
+        )
+        return TrainState(restored.params, restored.optimizer)
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _items(params: Params, untrained: Mapping[str, np.ndarray], blueprint: Blueprint) -> dict[str, Any]:
+    items = {"params": ocp.args.StandardSave(params), "blueprint": ocp.args.JsonSave(blueprint.to_json())}
+    if untrained:
+        items["untrained"] = ocp.args.StandardSave(dict(untrained))
+    return items
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one checkpoint of ours."""
+    return (folder / "blueprint").is_dir() and (folder / "params").is_dir()
+
+
+def save_model(folder: Path, params: Params, untrained: Mapping[str, np.ndarray], blueprint: Blueprint) -> None:
+    """Writes a checkpoint without an optimizer's state."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.Composite(**_items(params, untrained, blueprint)))
+
+
+def restore_blueprint(folder: Path) -> Blueprint:
+    """The blueprint in a checkpoint."""
+    if not is_checkpoint(folder):
+        raise UserError(
+            f"{folder} is not a checkpoint; give one that `convert.hf_to_orbax` wrote, or a run's checkpoints/STEP"
+        )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(blueprint=ocp.args.JsonRestore()))
+    return Blueprint.from_json(restored.blueprint)
+
+
+def restore_params(folder: Path, abstract: Params) -> Params:
+    """The parameters in a checkpoint, in the shapes, types and shardings of `abstract`."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return checkpointer.restore(folder.absolute(), args=args).params
+
+
+def restore_untrained(folder: Path) -> dict[str, np.ndarray]:
+    """The weights in a checkpoint that training does not touch, by their names in the Hugging Face folder."""
+    if not (folder / "untrained").is_dir():
+        return {}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(untrained=ocp.args.StandardRestore()))
+    return {name: np.asarray(value) for name, value in restored.untrained.items()}

@@ -1,0 +1,62 @@
+"""The mesh of devices and how each array lies on it."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from codiemb_jax.config import MeshSettings
+from codiemb_jax.errors import UserError
+from codiemb_jax.batch import ROW_AXES
+
+WEIGHT_RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
+"""Which mesh axis splits which axis of a weight; all other axes are whole on every device."""
+
+
+def make_mesh(settings: MeshSettings) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices."""
+    count = jax.device_count()
+    fixed = settings.fsdp * settings.tensor
+    data = count // fixed if settings.data == -1 else settings.data
+    if data * fixed != count:
+        raise UserError(
+            f"mesh: data {settings.data} x fsdp {settings.fsdp} x tensor {settings.tensor} does not make the "
+            f"{count} devices there are; set mesh.data to -1 and the others so that their product divides {count}"
+        )
+    return jax.make_mesh((data, settings.fsdp, settings.tensor), (*ROW_AXES, "tensor"), (AxisType.Auto,) * 3)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+    """Leading axis spread over the devices that hold different rows."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def weight_shardings(mesh: Mesh, variables: Any) -> dict[str, Any]:
+    """The sharding of each parameter of an NNX state, as a nested dict of its paths.
+
+    A weight is split along the axes that `WEIGHT_RULES` names.  UserError if a mesh axis does not divide one.
+    """
+
+    def sharding(variable: nnx.Variable) -> NamedSharding:
+        names = [WEIGHT_RULES.get(axis) for axis in variable.axes]
+        for axis, name, size in zip(variable.axes, names, variable.shape, strict=True):
+            if name and size % mesh.shape[name]:
+                raise UserError(
+                    f"mesh.{name} {mesh.shape[name]} does not divide the model's axis {axis!r} of {size}; "
+                    f"set mesh.{name} to a divisor of {size}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    shardings = jax.tree.map(sharding, variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return nnx.to_pure_dict(shardings)

@@ -1,0 +1,84 @@
+"""metrics.jsonl, TensorBoard and the progress line."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from codiemb_jax.data.sampler import StepPlan
+from codiemb_jax.errors import UserError
+
+
+class MetricsLog:
+    """One line a step in metrics.jsonl, the same in TensorBoard, and a progress line on the screen.
+
+    A resumed run keeps the lines of the steps before its checkpoint and writes the rest again, so that each step
+    has exactly one line.  `names` are the data sets' names.
+    """
+
+    def __init__(self, output_dir: Path, names: Sequence[str], done: int, total: int):
+        path = output_dir / "metrics.jsonl"
+        _keep_lines(path, done)
+        self._names = names
+        self._last = time.perf_counter()
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=done)
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._task = self._progress.add_task("training", total=total, completed=done, shown="")
+        self._progress.start()
+
+    def write(self, plan: StepPlan, metrics: Mapping[str, jax.Array]) -> None:
+        """Writes one step's line, once the step has run."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        line = {
+            "step": plan.number,
+            "epoch": plan.epoch,
+            "task": plan.task,
+            "dataset": self._names[plan.source],
+            **values,
+            "tokens": plan.tokens,
+            "computed_tokens": plan.computed_tokens,
+            "seconds": seconds,
+        }
+        self._file.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            tag = name if name == "learning_rate" else f"{plan.task}/{name}"
+            self._board.add_scalar(tag, value, plan.number)
+        self._board.add_scalar("tokens_per_second", plan.tokens / seconds, plan.number)
+        shown = f"{plan.task:>3} loss {values['loss']:.4f}  {plan.tokens / seconds:,.0f} tokens/s"
+        self._progress.update(self._task, completed=plan.number + 1, shown=shown)
+
+    def flush(self) -> None:
+        """Returns once all lines are on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        self._board.close()
+        self._progress.stop()
+
+
+def _keep_lines(path: Path, done: int) -> None:
+    """Leaves the lines of steps 0 … done - 1; what a killed run wrote beyond its checkpoint goes."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:done] if path.exists() else []
+    if len(lines) < done:
+        raise UserError(
+            f"{path}: holds {len(lines)} lines, the checkpoint to continue from is at step {done}; put the file back, "
+            "or start over in another output_dir"
+        )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)

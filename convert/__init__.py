@@ -1,0 +1,1 @@
+"""Programs that convert between Hugging Face folders and Orbax checkpoints."""

@@ -1,0 +1,90 @@
+"""Makes the quickstart's model anew: a tiny Qwen3 with random weights, its tokenizer trained on the quickstart data.
+
+    python scripts/make_quickstart_model.py
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from codiemb_jax.config import ModelSettings
+from codiemb_jax.data.records import find_files
+from codiemb_jax.models.decoder import Decoder
+from codiemb_jax.models.families import family_of
+from codiemb_jax.models.weights import named_weights, write_weights
+
+HOME = Path(__file__).parent.parent / "codiemb_jax" / "quickstart"
+CONFIG = {
+    "architectures": ["Qwen3Model"],
+    "model_type": "qwen3",
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.05,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+SPECIAL = ["<s>", "</s>", "<pad>"]
+
+
+def texts() -> list[str]:
+    """All texts of the training data, instructions included."""
+    found = []
+    for path in find_files([HOME / "data" / "train"], "data"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            found += [part for triple in [record["query"], *record["positives"], *record["negatives"]] for part in triple]
+    return sorted(set(found))
+
+
+def train_tokenizer() -> Tokenizer:
+    """Byte-level BPE over words; blanks separate words and are no tokens themselves."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return tokenizer
+
+
+def main() -> None:
+    folder = HOME / "model"
+    folder.mkdir(exist_ok=True)
+    tokenizer = train_tokenizer()
+    CONFIG["vocab_size"] = tokenizer.get_vocab_size()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", "model_max_length": 1024}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | names, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    family = family_of(CONFIG)
+    model = Decoder(family.read_config(CONFIG), ModelSettings(path="", compute_dtype="float32"), nnx.Rngs(49))
+    params = nnx.to_pure_dict(nnx.state(model))
+    dtypes = {name: "F32" for name, _ in named_weights(params, family, "")}
+    write_weights(folder, params, {}, family, "", dtypes)
+    print(f"wrote {folder}: {sum(np.size(leaf) for leaf in jax.tree.leaves(params)):,} parameters")
+
+
+if __name__ == "__main__":
+    main()

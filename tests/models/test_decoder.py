@@ -1,0 +1,168 @@
+"""The decoder against transformers: hidden states of every layer, on weights written by transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import AutoModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
+
+from codiemb_jax.batch import Rows
+from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
+from codiemb_jax.models.embed import embed, embed_with_middle
+from codiemb_jax.models.rope import rotation
+from codiemb_jax.training.mesh import make_mesh
+from codiemb_jax.training.model import open_model
+
+TINY = {
+    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LENGTHS = (500, 7, 131, 1)
+
+
+def qwen3() -> Qwen3Model:
+    return Qwen3Model(Qwen3Config(**TINY, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1.6e6}))
+
+
+def llama(rope: dict) -> LlamaModel:
+    return LlamaModel(LlamaConfig(**TINY, rope_parameters=rope))
+
+
+MODELS = {
+    "qwen3": qwen3,
+    "llama": lambda: llama({"rope_type": "default", "rope_theta": 10000.0}),
+    "llama-llama3": lambda: llama(LLAMA3),
+    "llama-linear": lambda: llama({"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+}
+
+
+def random_tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask [texts, longest] of texts of LENGTHS tokens, padded at the end."""
+    random = np.random.default_rng(0)
+    mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
+    return np.where(mask, random.integers(3, vocab_size, mask.shape), 0), mask
+
+
+def as_rows(tokens: np.ndarray, mask: np.ndarray) -> Rows:
+    positions = np.where(mask, np.arange(mask.shape[1]), 0)
+    return Rows(*(x.astype(np.int32) for x in (tokens, positions, mask, mask)))
+
+
+def open_folder(path, attention: str):  # noqa: ANN001, ANN201
+    settings = ModelSettings(path=str(path), attention=attention, compute_dtype="float32")
+    return open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
+
+
+def assert_same_hidden_states(folder, attention: str) -> None:  # noqa: ANN001
+    """Every layer's hidden states within 1e-4 of transformers', in units of the token's largest where that is over 1.
+
+    SmolLM2 has tokens with a state of 900, where float32 numbers lie 6e-5 apart; transformers' own float32 and
+    float64 states differ there by as much as ours do.
+    """
+    theirs = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs.config.is_causal = attention == "causal"
+    ours = open_folder(folder, attention)
+    tokens, mask = random_tokens(ours.config.vocab_size)
+    with torch.no_grad():
+        output = theirs(
+            torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask.astype(int)), output_hidden_states=True
+        )
+    rows = as_rows(tokens, mask)
+    model = nnx.merge(ours.graph, ours.load())
+    graph, weights = nnx.split(model.layers)
+    turn = rotation(ours.config.rope.inverse_frequencies(ours.config.head_dim), jnp.asarray(rows.positions))
+    layer = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x, rows.segments, *turn))
+    states = [model.embedding[...][tokens]]
+    for i in range(ours.config.layers):
+        states.append(layer(jax.tree.map(lambda weight, i=i: weight[i], weights), states[-1]))
+    middle = ours.config.layers // 2
+    final, tapped = jax.jit(lambda rows: model(rows, middle, lambda hidden: hidden))(rows)
+    # transformers' last hidden state is the final-normed one.
+    found = [*states[:-1], final, tapped]
+    expected = [*output.hidden_states[:-1], output.last_hidden_state, output.hidden_states[middle]]
+    for number, (ours_, theirs_) in enumerate(zip(found, expected, strict=True)):
+        theirs_ = theirs_.numpy()[mask]
+        scale = np.maximum(1, np.abs(theirs_).max(axis=-1, keepdims=True))
+        error = np.abs(np.asarray(ours_)[mask] - theirs_) / scale
+        assert error.max() < 1e-4, f"state {number}"
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_are_those_of_transformers(name, attention, tmp_path, tokenizer_files):  # noqa: ANN001
+    torch.manual_seed(0)
+    MODELS[name]().save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    assert_same_hidden_states(tmp_path, attention)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_hidden_states_of_smollm2_are_those_of_transformers(attention, smollm2):  # noqa: ANN001
+    assert_same_hidden_states(smollm2, attention)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, tokenizer_files):  # noqa: ANN001
+    torch.manual_seed(1)
+    qwen3().save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    ours = open_folder(tmp_path, attention)
+    random = np.random.default_rng(1)
+    lengths = [5, 9, 3, 11]
+    texts = [random.integers(3, 300, length) for length in lengths]
+    padded, packed = (Rows(*(np.zeros(shape, np.int32) for _ in Rows._fields)) for shape in ((4, 12), (2, 16)))
+
+    def put(rows: Rows, row: int, start: int, segment: int, text: np.ndarray) -> None:
+        place = (row, slice(start, start + text.size))
+        rows.tokens[place], rows.positions[place], rows.segments[place] = text, np.arange(text.size), segment
+        rows.pooled[row, start + 1 : start + text.size] = 1  # the first token is prompt
+
+    for i, text in enumerate(texts):
+        put(padded, i, 0, 1, text)
+    put(packed, 0, 0, 1, texts[0])
+    put(packed, 0, 5, 2, texts[1])
+    put(packed, 1, 0, 1, texts[2])
+    put(packed, 1, 3, 2, texts[3])
+    model = nnx.merge(ours.graph, ours.load())
+    for one, many in zip(embed_with_middle(model, padded), embed_with_middle(model, packed, slots=2), strict=True):
+        np.testing.assert_allclose(many, one, atol=2e-6)
+    np.testing.assert_array_equal(embed(model, padded), embed_with_middle(model, padded)[0])
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_remat_changes_no_gradient(remat, tmp_path, tokenizer_files):  # noqa: ANN001
+    torch.manual_seed(2)
+    qwen3().save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    tokens, mask = random_tokens(300)
+    rows = as_rows(tokens[1:3, :140], mask[1:3, :140])
+
+    def gradient(remat: str):  # noqa: ANN202
+        settings = ModelSettings(path=str(tmp_path), compute_dtype="float32", remat=remat)
+        ours = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
+        return jax.grad(lambda params: jnp.sum(embed(nnx.merge(ours.graph, params), rows)[:, :5]))(ours.load())
+
+    for expected, found in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_bfloat16_stays_close_to_float32(tmp_path, tokenizer_files):  # noqa: ANN001
+    torch.manual_seed(3)
+    qwen3().save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    tokens, mask = random_tokens(300)
+    vectors = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = ModelSettings(path=str(tmp_path), compute_dtype=dtype)
+        ours = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
+        vectors[dtype] = np.asarray(embed(nnx.merge(ours.graph, ours.load()), as_rows(tokens, mask)))
+        assert vectors[dtype].dtype == np.float32
+    cosine = np.sum(vectors["float32"] * vectors["bfloat16"], axis=1)
+    assert cosine.min() > 0.995
+    assert cosine.min() < 1 - 1e-7  # it did compute in bfloat16
