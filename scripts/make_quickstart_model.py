@@ -24,7 +24,7 @@ CONFIG = {
     "vocab_size": 4096,
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -32,7 +32,7 @@ CONFIG = {
     "rms_norm_eps": 1e-06,
     "rope_theta": 10000.0,
     "max_position_embeddings": 1024,
-    "initializer_range": 0.05,
+    "initializer_range": 0.02,
     "attention_bias": False,
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
@@ -79,8 +79,10 @@ def main() -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(special | names, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     family = family_of(CONFIG)
-    model = Decoder(family.read_config(CONFIG), ModelSettings(path="", compute_dtype="float32"), nnx.Rngs(49))
+    model = Decoder(family.read_config(CONFIG), ModelSettings(path=str(folder), compute_dtype="float32"), nnx.Rngs(49))
     params = nnx.to_pure_dict(nnx.state(model))
+    # Large beside what the layers add: an untrained vector then tells a text's words, and training has a start.
+    params["embedding"] *= 20
     dtypes = {name: "F32" for name, _ in named_weights(params, family, "")}
     write_weights(folder, params, {}, family, "", dtypes)
     print(f"wrote {folder}: {sum(np.size(leaf) for leaf in jax.tree.leaves(params)):,} parameters")

@@ -122,9 +122,9 @@ class _Line:
         fields = self._fields(line)
         if fields is None:
             return self.problems
-        self._task_type(fields.get("task_type"))
+        self._task_type(fields.get("task_type", self.task))  # what is missing has been told already
         query = self._triple("query", fields["query"]) if "query" in fields else NOTHING
-        positives = self._triples("positives", fields.get("positives"))
+        positives = self._triples("positives", fields["positives"]) if "positives" in fields else None
         negatives = self._triples("negatives", fields.get("negatives", []))
         scores = self._scores("positive_scores", fields.get("positive_scores", []), positives)
         self._scores("negative_scores", fields.get("negative_scores", []), negatives)
@@ -164,7 +164,7 @@ class _Line:
         return fields
 
     def _task_type(self, value: Any) -> None:
-        if value == self.task or value is None:
+        if value == self.task:
             return
         if value in ("ir", "sts"):
             self.problems.append(
@@ -179,15 +179,15 @@ class _Line:
             self._problem(field, _shown(value), TRIPLE)
             return NOTHING
         triple = Triple(*(part.strip("\t\n :") for part in value))
-        if any("\ud800" <= character <= "\udfff" for part in triple for character in part):
+        try:
+            "".join(triple).encode()
+        except UnicodeEncodeError:
             self._problem(field, "half a surrogate pair (\\ud800 to \\udfff)", "valid Unicode")
         if not triple.text:
             self._problem(field, "the text is empty", "a text (its third part)")
         return triple
 
     def _triples(self, field: str, value: Any) -> list[Triple] | None:
-        if value is None and field == "positives":
-            return None
         if type(value) is not list:
             self._problem(field, _shown(value), f"a list; each item {TRIPLE}")
             return None

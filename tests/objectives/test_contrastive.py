@@ -1,6 +1,7 @@
 """InfoNCE against the original's figures, against loops in NumPy, and in its corner cases."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ IR = sorted({key.rsplit("/", 1)[0] for key in GOLDEN.files if key.startswith("ir
 STS = sorted({key.rsplit("/", 1)[0] for key in GOLDEN.files if key.startswith("sts_nce/")})
 
 compiled_info_nce = jax.jit(info_nce)
-compiled_in_batch = jax.jit(in_batch_info_nce)
+compiled_in_batch = jax.jit(jax.value_and_grad(in_batch_info_nce, (0, 1)))
 
 
 def log_sum_exp(terms):
@@ -71,7 +72,7 @@ def test_info_nce_golden(case):
         split = by_example[:, :positives], by_example[:, positives:]
         return info_nce(queries, *split, jnp.arange(b), *everything, float(match[5])).mean()
 
-    value, grads = jax.value_and_grad(loss, (0, 1))(GOLDEN[case + "/in0"], GOLDEN[case + "/in1"])
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(GOLDEN[case + "/in0"], GOLDEN[case + "/in1"])
     assert_allclose(value, GOLDEN[case + "/loss"], rtol=1e-9, atol=1e-9)
     assert_allclose(grads[0], GOLDEN[case + "/grad0"], rtol=1e-9, atol=1e-9)
     assert_allclose(grads[1], GOLDEN[case + "/grad1"], rtol=1e-9, atol=1e-9)
@@ -79,7 +80,7 @@ def test_info_nce_golden(case):
 
 @pytest.mark.parametrize("case", STS)
 def test_in_batch_info_nce_golden(case):
-    value, grads = jax.value_and_grad(in_batch_info_nce, (0, 1))(
+    value, grads = compiled_in_batch(
         GOLDEN[case + "/in0"], GOLDEN[case + "/in1"], GOLDEN[case + "/y"], 0.02, 1.0
     )
     assert_allclose(value, GOLDEN[case + "/loss"], rtol=1e-9, atol=1e-9)
@@ -122,7 +123,7 @@ def test_in_batch_info_nce_equals_loops(scores, temperature, seed):
     rng = np.random.default_rng(seed)
     first, second = vectors(rng, 2, len(scores), 4)
     arguments = first, second, np.array(scores), temperature, 1.0
-    assert_allclose(compiled_in_batch(*arguments), looped_in_batch(*arguments), rtol=1e-11, atol=1e-11)
+    assert_allclose(compiled_in_batch(*arguments)[0], looped_in_batch(*arguments), rtol=1e-11, atol=1e-11)
 
 
 def test_absent_negatives_leave_the_denominator():
@@ -130,35 +131,32 @@ def test_absent_negatives_leave_the_denominator():
     queries, positives, negatives = vectors(rng, 4, 8), vectors(rng, 4, 2, 8), vectors(rng, 4, 3, 8)
     own, comparable = np.arange(4), np.ones((4, 4), bool)
 
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1, 2))
     def loss(queries, positives, negatives, present):
         return info_nce(queries, positives, negatives, own, comparable, present, 0.05).sum()
 
     # Slot 1 of every example is empty: the same as an array without that slot.
     kept = np.array([0, 2])
-    masked = jax.value_and_grad(loss, (0, 1, 2))(
-        queries, positives, negatives, np.tile([True, False, True], (4, 1))
-    )
-    removed = jax.value_and_grad(loss, (0, 1, 2))(
-        queries, positives, negatives[:, kept], np.ones((4, 2), bool)
-    )
+    masked = loss(queries, positives, negatives, np.tile([True, False, True], (4, 1)))
+    removed = loss(queries, positives, negatives[:, kept], np.ones((4, 2), bool))
     assert_allclose(masked[0], removed[0], rtol=1e-13)
     assert_allclose(masked[1][0], removed[1][0], rtol=1e-12, atol=1e-13)
     assert_allclose(masked[1][1], removed[1][1], rtol=1e-12, atol=1e-13)
     assert_allclose(masked[1][2][:, kept], removed[1][2], rtol=1e-12, atol=1e-13)
     assert_array_equal(masked[1][2][:, 1], 0)
-    assert masked[0] < loss(queries, positives, negatives, np.ones((4, 3), bool))
+    assert masked[0] < loss(queries, positives, negatives, np.ones((4, 3), bool))[0]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("slots", [0, 1, 3])
+@pytest.mark.parametrize("slots", [0, 3])
 def test_pool_without_negatives(slots, dtype):
     rng = np.random.default_rng(1)
     queries, positives = vectors(rng, 3, 8).astype(dtype), vectors(rng, 3, 2, 8).astype(dtype)
     negatives = vectors(rng, 3, slots, 8).astype(dtype)
     fixed = np.arange(3), np.ones((3, 3), bool), np.zeros((3, slots), bool), 0.02
-    value, grads = jax.value_and_grad(lambda *x: info_nce(*x, *fixed).sum(), (0, 1, 2))(
-        queries, positives, negatives
-    )
+    loss = jax.jit(jax.value_and_grad(lambda *x: info_nce(*x, *fixed).sum(), (0, 1, 2)))
+    value, grads = loss(queries, positives, negatives)
     assert value.dtype == dtype
     expected = looped_info_nce(queries, positives, negatives, *fixed).sum()
     assert_allclose(value, expected, rtol=1e-12 if dtype == np.float64 else 1e-5)
@@ -171,16 +169,16 @@ def test_query_alone_in_its_pool():
     rng = np.random.default_rng(2)
     queries, positives = vectors(rng, 2, 4), vectors(rng, 2, 1, 4)
     fixed = np.zeros((2, 0, 4)), np.arange(2), np.eye(2, dtype=bool), np.zeros((2, 0), bool), 0.02
-    losses = info_nce(queries, positives, *fixed)
-    grads = jax.grad(lambda *x: info_nce(*x, *fixed).sum(), (0, 1))(queries, positives)
-    assert_allclose(losses, 0, atol=1e-13)
+    loss = jax.jit(jax.value_and_grad(lambda *x: info_nce(*x, *fixed).sum(), (0, 1)))
+    value, grads = loss(queries, positives)
+    assert_allclose(value, 0, atol=1e-13)
     assert_allclose(grads[0], 0, atol=1e-12)
     assert_allclose(grads[1], 0, atol=1e-12)
 
 
 def test_in_batch_without_alike_pairs():
     first, second = vectors(np.random.default_rng(3), 2, 5, 4)
-    value, grads = jax.value_and_grad(in_batch_info_nce, (0, 1))(first, second, np.full(5, 0.9), 0.02, 1.0)
+    value, grads = compiled_in_batch(first, second, np.full(5, 0.9), 0.02, 1.0)
     assert value == 0
     assert_array_equal(grads[0], 0)
     assert_array_equal(grads[1], 0)
@@ -191,9 +189,12 @@ def test_in_batch_threshold_is_inclusive():
     scores = np.array([0.5, 0.4999, 0.2, 0.9])
     row = first @ second.T / 0.1
     expected = np.mean([log_sum_exp(row[i]) - row[i, i] for i in (0, 3)])
-    assert_allclose(in_batch_info_nce(first, second, scores, 0.1, 0.5), expected, rtol=1e-12)
+    assert_allclose(compiled_in_batch(first, second, scores, 0.1, 0.5)[0], expected, rtol=1e-12)
 
 
 def test_dtype_of_the_input_is_kept():
     first, second = vectors(np.random.default_rng(5), 2, 4, 4).astype(np.float32)
-    assert in_batch_info_nce(first, second, np.ones(4, np.float32), 0.02, 1.0).dtype == np.float32
+    value, grads = compiled_in_batch(first, second, np.ones(4, np.float32), 0.02, 1.0)
+    assert value.dtype == grads[0].dtype == grads[1].dtype == np.float32
+    exact, _ = compiled_in_batch(first.astype(float), second.astype(float), np.ones(4), 0.02, 1.0)
+    assert_allclose(value, exact, rtol=1e-5)

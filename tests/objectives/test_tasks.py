@@ -10,16 +10,23 @@ from jax.sharding import AxisType, PartitionSpec
 from numpy.testing import assert_allclose
 
 from codiemb_jax.config import ObjectiveSettings
-from codiemb_jax.objectives.contrastive import in_batch_info_nce
-from codiemb_jax.objectives.ranking import pearson, pro, rank_kl
+from codiemb_jax.objectives import contrastive, ranking
 from codiemb_jax.objectives.tasks import ir_objective, sts_objective
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "losses.npz")
 AXES = ("data", "fsdp")
-MESHES = [(1, 1), (2, 1), (2, 2), (1, 4), (4, 2)]
 B, DIM, POSITIVES, NEGATIVES = 24, 8, 2, 3
-# Against shards of 24, 12, 6 and 3: smaller, equal, larger, and 8 and 2 lie across their borders.
-SIZES = [2, 3, 6, 8, 12, None]
+# (mesh, size of a pool or list): smaller than a shard, equal to it, larger, and lying across its borders.
+LAYOUTS = [
+    ((1, 1), 8),
+    ((2, 1), 8),
+    ((2, 2), 3),
+    ((1, 4), 8),
+    ((4, 2), 2),
+    ((4, 2), 3),
+    ((4, 2), 8),
+    ((4, 2), None),
+]
 
 
 def vectors(rng, *shape):
@@ -54,6 +61,18 @@ def values_and_grads(loss, inputs):
     return jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True))(*inputs)
 
 
+pearson, rank_kl, pro = (jax.jit(loss) for loss in (ranking.pearson, ranking.rank_kl, ranking.pro))
+in_batch_info_nce = jax.jit(contrastive.in_batch_info_nce)
+
+
+def ir(settings, *arguments):
+    return jax.jit(partial(ir_objective, settings=settings))(*arguments)
+
+
+def sts(settings, *arguments):
+    return jax.jit(partial(sts_objective, settings=settings))(*arguments)
+
+
 @cache
 def unsharded_ir(size):
     settings = ObjectiveSettings(ir_pool_size=size, temperature=0.05)
@@ -85,31 +104,28 @@ def assert_same(got, expected):
         assert_allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+def assert_same_on_devices(loss, inputs, shape, size, expected):
+    """Value and gradients are those of no mesh, and only what does not lie on one device is gathered."""
+    traced = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True)).trace(*inputs)
+    assert_same(traced.lower().compile()(*inputs), expected)
+    shard = B // (shape[0] * shape[1])
+    assert ("all_gather" in str(traced.jaxpr)) == (shard % (size or B) != 0)
+
+
+@pytest.mark.parametrize(("shape", "size"), LAYOUTS)
 def test_ir_does_not_depend_on_devices(shape, size):
     sharded = per_device(ir_objective, ObjectiveSettings(ir_pool_size=size, temperature=0.05), shape, 3)
-    loss = partial(ir_loss, sharded)
-    assert_same(values_and_grads(loss, ir_batch()[:2]), unsharded_ir(size))
-    shard = B // (shape[0] * shape[1])
-    gathers = "all_gather" in str(jax.make_jaxpr(sharded)(*ir_batch()))
-    assert gathers == (shard % (size or B) != 0)
+    assert_same_on_devices(partial(ir_loss, sharded), ir_batch()[:2], shape, size, unsharded_ir(size))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(("shape", "size"), LAYOUTS)
 def test_sts_does_not_depend_on_devices(shape, size):
     sharded = per_device(sts_objective, ObjectiveSettings(sts_list_size=size), shape, 4)
-    loss = partial(sts_loss, sharded)
-    assert_same(values_and_grads(loss, sts_batch()[:4]), unsharded_sts(size))
-    first, second, *middle, scores = sts_batch()
-    shard = B // (shape[0] * shape[1])
-    gathers = "all_gather" in str(jax.make_jaxpr(sharded)(first, second, tuple(middle), scores))
-    assert gathers == (shard % (size or B) != 0)
+    assert_same_on_devices(partial(sts_loss, sharded), sts_batch()[:4], shape, size, unsharded_sts(size))
 
 
-@pytest.mark.parametrize("size", [1, 8, 12])
-def test_ir_pools_are_separate_losses(size):
+def test_ir_pools_are_separate_losses():
+    size = 8
     queries, passages, present = ir_batch()
     width = POSITIVES + NEGATIVES
     settings = ObjectiveSettings(ir_pool_size=None, temperature=0.05)
@@ -129,8 +145,8 @@ def test_ir_pools_are_separate_losses(size):
     assert_same((loss, pooled_grads), (expected, grads))
 
 
-@pytest.mark.parametrize("size", [1, 8, 12])
-def test_sts_lists_are_separate_losses(size):
+def test_sts_lists_are_separate_losses():
+    size = 8
     (loss, parts), _ = unsharded_sts(size)
     first, second, *middle, scores = sts_batch()
     similarity = np.sum(first * second, axis=1)
@@ -155,7 +171,7 @@ def test_sts_lists_are_separate_losses(size):
 def test_ir_golden(case):
     queries, passages, loss = (GOLDEN[f"ir_all/{case}/{name}"] for name in ("in0", "in1", "loss"))
     settings = ObjectiveSettings(temperature=0.02, ir_pool_size=None)
-    got, _ = ir_objective(queries, passages, np.ones((len(queries), 4), bool), settings=settings)
+    got, _ = ir(settings, queries, passages, np.ones((len(queries), 4), bool))
     assert_allclose(got, loss, rtol=1e-9)
 
 
@@ -167,12 +183,12 @@ def test_sts_golden(case):
     assert np.array_equal(GOLDEN[f"sts_nce/{case}/y"], scores)
     parts = {name: GOLDEN[f"{name}/{case}/loss"] for name in ("pearson", "rank_kl", "pro")}
     parts["mid_info_nce"] = GOLDEN[f"sts_nce/{case}/loss"]
-    loss, got = sts_objective(
+    loss, got = sts(
+        ObjectiveSettings(sts_list_size=None),
         similarity[:, None],
         np.ones((len(scores), 1)),
         (GOLDEN[f"sts_nce/{case}/in0"], GOLDEN[f"sts_nce/{case}/in1"]),
         scores,
-        settings=ObjectiveSettings(sts_list_size=None),
     )
     assert set(got) == set(parts)
     for name, part in got.items():
@@ -188,7 +204,7 @@ def test_sts_golden(case):
 def test_sts_without_middle_layer():
     first, second, _, _, scores = sts_batch()
     (full, parts), _ = unsharded_sts(8)
-    loss, without = sts_objective(first, second, None, scores, settings=ObjectiveSettings(sts_list_size=8))
+    loss, without = sts(ObjectiveSettings(sts_list_size=8), first, second, None, scores)
     assert_same(without, {name: part for name, part in parts.items() if name != "mid_info_nce"})
     assert_allclose(loss, full - parts["mid_info_nce"], rtol=1e-12)
 
@@ -196,9 +212,9 @@ def test_sts_without_middle_layer():
 def test_sts_without_middle_layer_on_a_mesh():
     """One spec for `middle=None`, as the training step gives it, and a list across devices."""
     first, second, _, _, scores = sts_batch()
-    sharded = per_device(sts_objective, ObjectiveSettings(sts_list_size=8), (2, 2), 4)
-    got = jax.jit(sharded)(first, second, None, scores)
-    assert_same(got, sts_objective(first, second, None, scores, settings=ObjectiveSettings(sts_list_size=8)))
+    settings = ObjectiveSettings(sts_list_size=8)
+    got = jax.jit(per_device(sts_objective, settings, (2, 2), 4))(first, second, None, scores)
+    assert_same(got, sts(settings, first, second, None, scores))
 
 
 def test_weights_and_thresholds_come_from_the_settings():
@@ -213,7 +229,7 @@ def test_weights_and_thresholds_come_from_the_settings():
         mid_info_nce_weight=13,
         mid_info_nce_threshold=0.5,
     )
-    loss, parts = sts_objective(first, second, tuple(middle), scores, settings=settings)
+    loss, parts = sts(settings, first, second, tuple(middle), scores)
     similarity = np.sum(first * second, axis=1)
     halves = [slice(0, 12), slice(12, 24)]
     assert_allclose(
@@ -229,13 +245,10 @@ def test_weights_and_thresholds_come_from_the_settings():
 def test_float32_stays_float32():
     queries, passages, present = ir_batch()
     first, second, *middle, scores = (x.astype(np.float32) for x in sts_batch())
-    settings = ObjectiveSettings(sts_list_size=8, temperature=0.05)
-    ir, _ = ir_objective(
-        queries.astype(np.float32), passages.astype(np.float32), present, settings=settings
-    )
-    sts, parts = sts_objective(
-        first, second, tuple(middle), scores, settings=ObjectiveSettings(sts_list_size=8)
-    )
-    assert {x.dtype for x in (ir, sts, *parts.values())} == {np.dtype(np.float32)}
-    assert_allclose(ir, unsharded_ir(None)[0][0], rtol=1e-5)
-    assert_allclose(sts, unsharded_sts(8)[0][0], rtol=1e-5)
+    settings = ObjectiveSettings(ir_pool_size=None, sts_list_size=8, temperature=0.05)
+    ir_value, _ = ir(settings, queries.astype(np.float32), passages.astype(np.float32), present)
+    sts_value, parts = sts(settings, first, second, tuple(middle), scores)
+    assert {x.dtype for x in (ir_value, sts_value, *parts.values())} == {np.dtype(np.float32)}
+    assert_allclose(ir_value, unsharded_ir(None)[0][0], rtol=1e-5)
+    for name in ("pearson", "rank_kl", "pro"):
+        assert_allclose(parts[name], unsharded_sts(8)[0][1][name], rtol=1e-5)
