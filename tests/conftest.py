@@ -52,3 +52,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = REPOSITORY / "scripts" / "make_smollm2.py"
     subprocess.run([sys.executable, script, "--output", folder], check=True, capture_output=True, timeout=300)
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Figures of the original framework, and the checkpoint and data that they belong to."""
+    return Path(__file__).parent / "golden"

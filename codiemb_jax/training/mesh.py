@@ -1,5 +1,6 @@
 """The mesh of devices and how each array lies on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ WEIGHT_RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
 """Which mesh axis splits which axis of a weight; all other axes are whole on every device."""
 
 
-def make_mesh(settings: MeshSettings) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices."""
-    count = jax.device_count()
+def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over `devices`, all there are by default."""
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     fixed = settings.fsdp * settings.tensor
     data = count // fixed if settings.data == -1 else settings.data
     if data * fixed != count:
@@ -24,7 +26,8 @@ def make_mesh(settings: MeshSettings) -> Mesh:
             f"mesh: data {settings.data} x fsdp {settings.fsdp} x tensor {settings.tensor} does not make the "
             f"{count} devices there are; set mesh.data to -1 and the others so that their product divides {count}"
         )
-    return jax.make_mesh((data, settings.fsdp, settings.tensor), (*ROW_AXES, "tensor"), (AxisType.Auto,) * 3)
+    shape = (data, settings.fsdp, settings.tensor)
+    return jax.make_mesh(shape, (*ROW_AXES, "tensor"), (AxisType.Auto,) * 3, devices=devices)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -1,0 +1,106 @@
+"""Loss and gradient do not depend on how many devices there are, how weights are split, or on chunks."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from codiemb_jax.config import Settings
+from codiemb_jax.data.loader import batches
+from codiemb_jax.data.prepare import prepare
+from codiemb_jax.data.prompts import PromptEncoder
+from codiemb_jax.data.sampler import Plan, Source
+from codiemb_jax.training.mesh import by_row, make_mesh
+from codiemb_jax.training.model import open_model
+from codiemb_jax.training.schedule import learning_rate
+from codiemb_jax.training.state import TrainState, abstract_opt_state, initial_opt_state, make_optimizer
+from codiemb_jax.training.step import make_step
+
+STEPS = 10
+
+
+def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:  # noqa: ANN001
+    return Settings.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"path": str(golden / "youtu_tiny"), "compute_dtype": "float32"},
+            "data": {
+                "ir": [golden / "data" / "news.jsonl"], "sts": [golden / "data" / "questions.jsonl"],
+                "ir_global_batch_size": 8, "sts_global_batch_size": 16, "positives_per_query": 1,
+                "query_max_tokens": 64, "passage_max_tokens": 64,
+            },
+            "objective": {"ir_pool_size": pool, "sts_list_size": pool},
+            "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2, "max_steps": STEPS},
+            "encode_chunks": chunks,
+            "mesh": mesh,
+        }
+    )  # fmt: skip
+
+
+def run(settings: Settings, devices: int, cache) -> list[dict[str, float]]:  # noqa: ANN001
+    """Loss and gradient norm of every step."""
+    mesh = make_mesh(settings.mesh, jax.devices()[:devices])
+    model = open_model(settings.model, settings.prompt, mesh)
+    encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
+    limits = {"query_max_tokens": 64, "passage_max_tokens": 64}
+    data_sets = [
+        prepare(path, task, encoder, cache=cache, **limits)
+        for task, paths in (("ir", settings.data.ir), ("sts", settings.data.sts))
+        for path in paths
+    ]
+    plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings.data, settings.seed)
+    schedule = learning_rate(settings.optimizer, STEPS)
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    lines = []
+    with jax.set_mesh(mesh):
+        layout = TrainState(model.abstract, abstract_opt_state(optimizer, model.abstract))
+        params = model.load()
+        state = TrainState(params, initial_opt_state(optimizer, params))
+        step = make_step(model.graph, optimizer, schedule, settings, mesh, layout)
+        for step_plan, batch in batches(plan, data_sets, by_row(mesh), start=0, stop=STEPS):
+            state, metrics = step(state, np.int32(step_plan.number), batch)
+            lines.append({"task": step_plan.task, **{name: float(metrics[name]) for name in ("loss", "grad_norm")}})
+    return lines
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):  # noqa: ANN001, ANN201
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def one_device(golden, cache):  # noqa: ANN001, ANN201
+    """The run on a single device, by pool size."""
+    return {pool: run(settings_of(golden, 1, pool), 1, cache) for pool in (None, 2)}
+
+
+@pytest.mark.parametrize(
+    ("devices", "chunks", "pool", "mesh"),
+    [
+        (1, 2, None, {}),
+        (2, 1, None, {}),
+        (2, 1, None, {"fsdp": 2}),
+        (2, 1, None, {"tensor": 2}),
+        (4, 2, None, {}),
+        (4, 1, 2, {"fsdp": 4}),
+        (8, 1, None, {}),
+        (8, 1, 2, {}),
+        (8, 1, None, {"fsdp": 8}),
+        (8, 1, None, {"fsdp": 2, "tensor": 2}),
+    ],
+    ids=lambda value: json.dumps(value).replace('"', ""),
+)
+def test_any_number_of_devices_takes_the_same_steps(devices, chunks, pool, mesh, golden, cache, one_device):  # noqa: ANN001
+    found = run(settings_of(golden, chunks, pool, **mesh), devices, cache)
+    expected = one_device[pool]
+    assert [line["task"] for line in found] == [line["task"] for line in expected]
+    assert {line["task"] for line in found} == {"ir", "sts"}
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if number == 0 else 5e-4), (number, name)
+
+
+def test_pools_are_a_matter_of_the_settings(one_device):  # noqa: ANN001
+    whole, pooled = (next(line["loss"] for line in one_device[pool] if line["task"] == "ir") for pool in (None, 2))
+    assert pooled < 0.9 * whole  # fewer candidates, smaller loss
