@@ -106,6 +106,7 @@ def run_steps(
     layout = TrainState(model.abstract, abstract_opt_state(optimizer, model.abstract))
     done = checkpoints.latest()
     if initial is None:
+        Console(stderr=True).print(f"continuing from step {done} of {steps}")
         state = checkpoints.restore(done, layout)
     else:
         state = TrainState(initial, initial_opt_state(optimizer, initial))

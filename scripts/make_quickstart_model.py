@@ -82,7 +82,7 @@ def main() -> None:
     model = Decoder(family.read_config(CONFIG), ModelSettings(path=str(folder), compute_dtype="float32"), nnx.Rngs(49))
     params = nnx.to_pure_dict(nnx.state(model))
     # Large beside what the layers add: an untrained vector then tells a text's words, and training has a start.
-    params["embedding"] *= 20
+    params["embedding"] *= 4
     dtypes = {name: "F32" for name, _ in named_weights(params, family, "")}
     write_weights(folder, params, {}, family, "", dtypes)
     print(f"wrote {folder}: {sum(np.size(leaf) for leaf in jax.tree.leaves(params)):,} parameters")

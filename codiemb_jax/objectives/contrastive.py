@@ -30,7 +30,7 @@ def info_nce(
     """
     to_positives = jnp.einsum("qd,epd->qep", queries, positives, precision=EXACT) / temperature
     to_negatives = jnp.einsum("qd,end->qen", queries, negatives, precision=EXACT) / temperature
-    # A finite floor, not -inf: the gradient of a log-sum-exp of nothing would be NaN.
+    # A finite floor, not -inf: the gradient of a log-sum-exp of nothing passes through 0 / 0.
     floor = jnp.finfo(to_negatives.dtype).min / 2
     to_negatives = jnp.where(comparable[:, :, None] & present, to_negatives, floor)
     all_negatives = logsumexp(to_negatives, axis=(1, 2))

@@ -165,6 +165,14 @@ def test_pool_without_negatives(slots, dtype):
     assert_array_equal(grads[2], 0)
 
 
+def test_no_nan_on_the_way_without_negatives():
+    x = vectors(np.random.default_rng(1), 2, 1, 4)
+    fixed = np.arange(2), np.ones((2, 2), bool), np.zeros((2, 1), bool), 0.02
+    with jax.debug_nans(True):  # looks at every operation, as long as nothing is compiled
+        grad = jax.grad(lambda negatives: info_nce(x[:, 0], x, negatives, *fixed).sum())(x)
+    assert_array_equal(grad, 0)
+
+
 def test_query_alone_in_its_pool():
     rng = np.random.default_rng(2)
     queries, positives = vectors(rng, 2, 4), vectors(rng, 2, 1, 4)

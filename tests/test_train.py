@@ -1,0 +1,245 @@
+"""The training program as a user meets it: figures of the original, what it leaves, what it refuses."""
+
+import json
+import logging
+import struct
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+from tensorboardX.proto.event_pb2 import Event
+
+from codiemb_jax.errors import UserError, run_program
+from codiemb_jax.train import main
+
+IR = "data/news.jsonl"
+STS = "data/questions.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):  # noqa: ANN001, ANN201
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def settings_of(golden: Path, output_dir: Path, **sections: Any) -> dict[str, Any]:
+    """Settings under which the golden trajectories were made, `sections` on top."""
+    settings: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "model": {"path": str(golden / "youtu_tiny")},
+        "data": {
+            "ir_global_batch_size": 8, "sts_global_batch_size": 16, "positives_per_query": 1,
+            "negatives_per_query": 4, "query_max_tokens": 128, "passage_max_tokens": 128,
+        },
+        "objective": {"sts_list_size": None},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "max_steps": 8},
+    }  # fmt: skip
+    for name, section in sections.items():
+        settings[name] = settings.get(name, {}) | section if isinstance(section, dict) else section
+    return settings
+
+
+def run(settings: dict[str, Any], folder: Path, *flags: str) -> list[dict[str, Any]]:
+    """Runs the program; returns the lines of metrics.jsonl."""
+    config = folder / "settings.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    main(["--config", str(config), *flags])
+    return [json.loads(line) for line in (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """TensorBoard's figures by tag and step: records of length, checksum, event, checksum."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + size])
+            for value in event.summary.value:
+                found[value.tag][event.step] = value.simple_value
+            content = content[16 + size :]
+    return found
+
+
+@pytest.mark.parametrize("task", ["ir", "sts"])
+def test_trajectory_is_that_of_the_original(task, golden, tmp_path):  # noqa: ANN001
+    data = {"ir": [str(golden / IR)]} if task == "ir" else {"sts": [str(golden / STS)]}
+    lines = run(settings_of(golden, tmp_path / "run", data=data), tmp_path)
+    expected = json.loads((golden / f"trajectory_{task}.json").read_text())
+    assert len(lines) == len(expected) == 8
+    for line, golden_line in zip(lines, expected, strict=True):
+        assert line["step"] == golden_line["step"]
+        assert line["learning_rate"] == pytest.approx(golden_line["lr"], rel=1e-6)
+        assert line["loss"] == pytest.approx(golden_line["loss"], rel=5e-4)
+        assert line["grad_norm"] == pytest.approx(golden_line["grad_norm"], rel=1e-3)
+        # Of a pair with no negatives the original counts four texts "nothing" more, three tokens each.
+        missing = 16 * 4 * 3 if task == "sts" else 0
+        assert line["tokens"] == golden_line["q_tokens"] + golden_line["p_tokens"] - missing
+
+
+@pytest.fixture(scope="module")
+def both_tasks(golden, tmp_path_factory):  # noqa: ANN001, ANN201
+    """Settings and lines of a run of both tasks over two epochs, at learning rate 0, and what it logged."""
+    folder = tmp_path_factory.mktemp("both")
+    data = {"ir": [str(golden / IR)], "sts": [str(golden / STS)], "ir_global_batch_size": 8}
+    evaluation = {"ir": [str(golden / IR)], "sts": [str(golden / STS)]}
+    settings = settings_of(
+        golden, folder / "run", data=data, evaluation=evaluation, optimizer={"max_steps": None, "epochs": 2}
+    )
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("jax._src.dispatch")
+    logger.addHandler(handler)
+    import jax
+
+    with jax.log_compiles():
+        lines = run(settings, folder, "--optimizer.learning_rate", "0")
+    logger.removeHandler(handler)
+    return folder / "run", lines, messages
+
+
+def test_it_compiles_once_a_task_and_shape(both_tasks):  # noqa: ANN001
+    _, lines, messages = both_tasks
+    met = {(line["task"], line["computed_tokens"]) for line in lines}
+    first_epoch = {(line["task"], line["computed_tokens"]) for line in lines if line["epoch"] == 0}
+    assert met == first_epoch  # so that the second epoch has nothing to compile
+    compiled = [message for message in messages if message.startswith("Finished XLA compilation of jit(step)")]
+    assert len(compiled) == len(met) == 2
+
+
+def test_learning_rate_0_exports_the_weights_that_went_in(both_tasks, golden):  # noqa: ANN001
+    folder, _, _ = both_tasks
+    came, went = (load_file(path / "model.safetensors") for path in (golden / "youtu_tiny", folder / "export"))
+    assert came.keys() == went.keys()
+    for name, weight in came.items():
+        assert weight.dtype == went[name].dtype
+        assert weight.tobytes() == went[name].tobytes(), name
+
+
+def test_a_run_leaves_what_it_promises(both_tasks):  # noqa: ANN001
+    folder, lines, _ = both_tasks
+    names = {"config.yaml", "metrics.jsonl", "evaluation.json", "checkpoints", "tensorboard", "export"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4"]
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["optimizer"]["learning_rate"] == 0
+    assert resolved["seed"] == 49
+    assert resolved["model"]["compute_dtype"] == "float32"  # the default on a CPU
+    common = ["step", "epoch", "task", "dataset", "loss"]
+    parts = {"ir": ["info_nce"], "sts": ["mid_info_nce", "pearson", "pro", "rank_kl"]}
+    rest = ["grad_norm", "learning_rate", "tokens", "computed_tokens", "seconds"]
+    for line in lines:
+        assert sorted(line) == sorted(common + parts[line["task"]] + rest)
+        assert line["dataset"] == {"ir": "news", "sts": "questions"}[line["task"]]
+    board = scalars(folder / "tensorboard")
+    for line in lines:
+        assert board[f"{line['task']}/loss"][line["step"]] == pytest.approx(line["loss"], rel=1e-6)
+    assert sum(map(len, (board["ir/loss"], board["sts/loss"]))) == len(lines)
+
+
+def test_sts_loss_is_the_weighted_sum_of_its_parts(both_tasks):  # noqa: ANN001
+    for line in both_tasks[1]:
+        if line["task"] == "sts":
+            total = line["mid_info_nce"] + 2 * line["pearson"] + 5 * line["rank_kl"] + 0.5 * line["pro"]
+            assert line["loss"] == pytest.approx(total, rel=1e-6)
+
+
+def test_held_out_figures_are_those_of_an_unchanged_model(both_tasks):  # noqa: ANN001
+    figures = json.loads((both_tasks[0] / "evaluation.json").read_text())
+    assert figures["before"] == figures["after"]
+    assert figures["before"].keys() == {"news nDCG@10", "questions Spearman"}
+
+
+def first_line(path: Path, **changes: Any) -> str:
+    return json.dumps(json.loads(path.read_text(encoding="utf-8").splitlines()[0]) | changes, ensure_ascii=False)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def copy_model(golden: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in (golden / "youtu_tiny").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def no_pad_token(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+
+
+MODEL_MISTAKES = {
+    "another architecture": (lambda f: change_config(f, model_type="t5"), "model_type 't5' is not supported"),
+    "too few layers": (lambda f: change_config(f, num_hidden_layers=5), "missing: layers.4.mlp.up_proj.weight"),
+    "too many layers": (lambda f: change_config(f, num_hidden_layers=3), "left over: layers.3.mlp.up_proj.weight"),
+    "another width": (lambda f: change_config(f, intermediate_size=64), "shape: layers.0.mlp.up_proj.weight"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors not found"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "no pad token": (no_pad_token, "no pad token"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "another rope": (lambda f: change_config(f, rope_scaling={"type": "yarn"}), "default, linear, llama3"),
+    "few positions": (lambda f: change_config(f, max_position_embeddings=64), "may be at most 64"),
+}
+
+
+@pytest.mark.parametrize("mistake", MODEL_MISTAKES)
+def test_a_model_that_cannot_be_used_is_told(mistake, golden, tmp_path):  # noqa: ANN001
+    spoil, message = MODEL_MISTAKES[mistake]
+    folder = copy_model(golden, tmp_path / "model")
+    spoil(folder)
+    settings = settings_of(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+DATA_MISTAKES = {
+    "missing file": (None, {}, "no such file"),
+    "wrong score": ({"task_type": "sts", "positive_scores": ["high"]}, {}, r"data.jsonl:1: positive_scores\[0\]"),
+    "empty text": ({"query": ["a", "", " : "]}, {}, "data.jsonl:1: query: the text is empty"),
+    "wrong task": ({"task_type": "sts", "positive_scores": [1.0]}, {}, "move it from data.ir to data.sts"),
+    "too small": ({}, {}, "data: 1 examples, data.ir_global_batch_size is 8"),
+    "odd batch": ({}, {"ir_global_batch_size": 12}, "data.ir_global_batch_size 12 must be a multiple of 8"),
+    "unknown setting": ({}, {"ir_batch": 12}, "settings.yaml:4: data.ir_batch: there is no such setting"),
+}
+
+
+@pytest.mark.parametrize("mistake", DATA_MISTAKES)
+def test_data_that_cannot_be_used_is_told(mistake, golden, tmp_path):  # noqa: ANN001
+    changes, data, message = DATA_MISTAKES[mistake]
+    path = tmp_path / "data.jsonl"
+    if changes is not None:
+        path.write_text(first_line(golden / IR, **changes) + "\n", encoding="utf-8")
+    settings = settings_of(golden, tmp_path / "run", data={"ir": [str(path)]} | data)
+    with pytest.raises(UserError, match=message):
+        run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_ends_the_program_with_2_and_one_message(tmp_path, capsys):  # noqa: ANN001
+    with pytest.raises(SystemExit) as exit_:
+        run_program(lambda: main(["--config", str(tmp_path / "absent.yaml")]))
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "absent.yaml" in error
+    assert "Traceback" not in error
+
+
+def test_chunks_take_the_same_steps(golden, tmp_path):  # noqa: ANN001
+    data = {"ir": [str(golden / IR)], "ir_global_batch_size": 8}
+    expected = json.loads((golden / "trajectory_ir.json").read_text())
+    # Eight devices hold a query each, so chunks need a mesh that puts more on one.
+    settings = settings_of(golden, tmp_path / "run", data=data, mesh={"tensor": 2}, encode_chunks=2, export=False)
+    settings["optimizer"]["max_steps"] = 3
+    lines = run(settings, tmp_path, "--optimizer.schedule", "constant")
+    np.testing.assert_allclose([line["loss"] for line in lines], [g["loss"] for g in expected[:3]], rtol=5e-4)
