@@ -85,11 +85,11 @@ class DataSettings(Section):
     def _consistent(self) -> "DataSettings":
         if not self.ir and not self.sts:
             raise ValueError("give at least one path under data.ir or data.sts")
-        if self.sampler == "single" and self.ir and self.sts:
-            if self.ir_global_batch_size != self.sts_global_batch_size:
-                raise ValueError(
-                    "sampler: single has one batch size: set ir_global_batch_size and sts_global_batch_size alike"
-                )
+        alike = self.ir_global_batch_size == self.sts_global_batch_size
+        if self.sampler == "single" and self.ir and self.sts and not alike:
+            raise ValueError(
+                "sampler: single has one batch size: set ir_global_batch_size and sts_global_batch_size alike"
+            )
         return self
 
 
@@ -204,19 +204,20 @@ class Settings(BaseSettings):
     def _pools(self) -> "Settings":
         batch, pool = self.data.ir_global_batch_size, self.objective.ir_pool_size
         if self.data.ir and pool and batch % pool:
-            raise ValueError(
-                f"objective.ir_pool_size {pool} must divide data.ir_global_batch_size {batch}"
-            )
+            raise ValueError(f"objective.ir_pool_size {pool} must divide data.ir_global_batch_size {batch}")
         batch, size = self.data.sts_global_batch_size, self.objective.sts_list_size
         if self.data.sts and size and batch % size:
-            raise ValueError(
-                f"objective.sts_list_size {size} must divide data.sts_global_batch_size {batch}"
-            )
+            raise ValueError(f"objective.sts_list_size {size} must divide data.sts_global_batch_size {batch}")
         return self
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # the file and the flags, never the environment
 

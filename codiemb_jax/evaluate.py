@@ -34,9 +34,7 @@ def ndcg_at_10(embedder: Embedder, path: Path) -> float:
             passages.setdefault(passage, f"d{len(passages)}")
     similarity = embedder.encode_queries(r.query for r in records) @ embedder.encode_passages(passages).T
     relevant = {f"q{i}": {passages[p]: 1 for p in record.positives} for i, record in enumerate(records)}
-    ranking = {
-        f"q{i}": dict(zip(passages.values(), map(float, row), strict=True)) for i, row in enumerate(similarity)
-    }
+    ranking = {f"q{i}": dict(zip(passages.values(), map(float, row), strict=True)) for i, row in enumerate(similarity)}
     scores = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10"}).evaluate(ranking)
     return float(np.mean([score["ndcg_cut_10"] for score in scores.values()]))
 

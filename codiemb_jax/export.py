@@ -139,7 +139,12 @@ def _write_sentence_transformers(folder: Path, blueprint: Blueprint, prompts: di
     _write_json(folder / "sentence_bert_config.json", sentence)
     _write_json(
         folder / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine", "model_type": "SentenceTransformer"},
+        {
+            "prompts": prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+            "model_type": "SentenceTransformer",
+        },
     )
     (folder / "README.md").write_text(_card(blueprint, prompts, dim), encoding="utf-8")
 

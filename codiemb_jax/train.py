@@ -6,7 +6,6 @@ continues from the newest checkpoint of `output_dir`.
 
 import argparse
 import json
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +21,13 @@ from codiemb_jax.config import Settings, load_settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.prepare import PreparedDataSet, cache_folder, prepare
 from codiemb_jax.data.prompts import PromptEncoder
-from codiemb_jax.data.records import find_files, read_records
+from codiemb_jax.data.records import Task, find_files, read_records
 from codiemb_jax.data.sampler import Plan, Source, StepPlan
 from codiemb_jax.encode import Embedder
 from codiemb_jax.errors import UserError, listed, run_program
 from codiemb_jax.evaluate import HeldOut, evaluate
 from codiemb_jax.export import write_export
+from codiemb_jax.files import write_whole
 from codiemb_jax.models.weights import Params
 from codiemb_jax.training.checkpoint import Checkpoints
 from codiemb_jax.training.mesh import by_row, make_mesh, row_shards
@@ -36,6 +36,8 @@ from codiemb_jax.training.model import ModelFolder, open_model
 from codiemb_jax.training.schedule import learning_rate
 from codiemb_jax.training.state import TrainState, abstract_opt_state, initial_opt_state, make_optimizer
 from codiemb_jax.training.step import Metrics, make_step
+
+TASKS: tuple[Task, ...] = ("ir", "sts")
 
 FREE_TO_CHANGE = ("output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation")
 """Settings that may differ when a run is continued: they do not change what is computed."""
@@ -75,7 +77,9 @@ def train(settings: Settings) -> None:
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(settings.output_dir / "checkpoints", settings.checkpoint, plan.steps_per_epoch)
     if not checkpoints.latest():
-        write_whole(settings.output_dir / "config.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        write_whole(
+            settings.output_dir / "config.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        )
     with jax.set_mesh(mesh):
         untrained = model.load_untrained()
         initial = None if checkpoints.latest() else model.load()
@@ -142,9 +146,9 @@ def with_platform_defaults(settings: Settings) -> Settings:
 def check_batches(settings: Settings, shards: int) -> None:
     """UserError unless every device gets the same number of examples in every chunk."""
     problems = []
-    for task, paths in (("ir", settings.data.ir), ("sts", settings.data.sts)):
+    for task in TASKS:
         size = getattr(settings.data, f"{task}_global_batch_size")
-        if paths and size % (shards * settings.encode_chunks):
+        if getattr(settings.data, task) and size % (shards * settings.encode_chunks):
             problems.append(
                 f"data.{task}_global_batch_size {size} must be a multiple of {shards * settings.encode_chunks}: "
                 f"{shards} devices with rows of their own (mesh.data x mesh.fsdp) x encode_chunks "
@@ -181,16 +185,18 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def prepare_data(settings: Settings, encoder: PromptEncoder) -> list[PreparedDataSet]:
     """Every file as a tokenised data set, retrieval first, in the order of their paths."""
-    files = [(path, "ir") for path in find_files(settings.data.ir, "data.ir")]
-    files += [(path, "sts") for path in find_files(settings.data.sts, "data.sts")]
     limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
-    return [prepare(path, task, encoder, cache=cache_folder(), **limits) for path, task in files]
+    return [
+        prepare(path, task, encoder, cache=cache_folder(), **limits)
+        for task in TASKS
+        for path in find_files(getattr(settings.data, task), f"data.{task}")
+    ]
 
 
 def check_held_out(settings: Settings) -> None:
     """Reads the held-out files once, so that a mistake in them shows before training and not after."""
-    for task, paths in (("ir", settings.evaluation.ir), ("sts", settings.evaluation.sts)):
-        for path in find_files(paths, f"evaluation.{task}"):
+    for task in TASKS:
+        for path in find_files(getattr(settings.evaluation, task), f"evaluation.{task}"):
             deque(read_records(path, task), maxlen=0)
 
 
@@ -217,13 +223,6 @@ def report(settings: Settings, before: HeldOut, after: HeldOut) -> None:
         console.print(table)
     if settings.export:
         console.print(f"exported to {settings.output_dir / 'export'}", soft_wrap=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

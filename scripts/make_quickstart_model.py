@@ -1,6 +1,6 @@
 """Makes the quickstart's model anew: a tiny Qwen3 with random weights, its tokenizer trained on the quickstart data.
 
-    python scripts/make_quickstart_model.py
+python scripts/make_quickstart_model.py
 """
 
 import json
@@ -46,7 +46,9 @@ def texts() -> list[str]:
     for path in find_files([HOME / "data" / "train"], "data"):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            found += [part for triple in [record["query"], *record["positives"], *record["negatives"]] for part in triple]
+            found += [
+                part for triple in [record["query"], *record["positives"], *record["negatives"]] for part in triple
+            ]
     return sorted(set(found))
 
 

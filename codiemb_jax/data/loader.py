@@ -77,7 +77,12 @@ def to_global(local: np.ndarray, sharding: jax.sharding.Sharding, examples: int)
         blocks[start * per_example] = local[place : place + count]
         place += count
     shape = (examples * per_example, *local.shape[1:])
-    return jax.make_array_from_callback(shape, sharding, lambda index: blocks[index[0].start or 0])
+
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # it would be for a device of another host
+        return blocks[index[0].start or 0]
+
+    return jax.make_array_from_callback(shape, sharding, block)
 
 
 def batches(

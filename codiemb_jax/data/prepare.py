@@ -193,9 +193,7 @@ def _alive(process: int) -> bool:
 class _Preparation:
     """One file on its way into a folder; gathers index and problems while examples stream through."""
 
-    def __init__(
-        self, path: Path, task: Task, encoder: PromptEncoder, query_max_tokens: int, passage_max_tokens: int
-    ):
+    def __init__(self, path: Path, task: Task, encoder: PromptEncoder, query_max_tokens: int, passage_max_tokens: int):
         self._path = path
         self._task = task
         self._encoder = encoder

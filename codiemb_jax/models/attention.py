@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, *, causal: bool
-) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, *, causal: bool) -> jax.Array:
     """Softmax attention; a token sees the tokens of its own segment only.
 
     query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, tokens, head_dim], where

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from codiemb_jax.batch import ROW_AXES, Rows
 from codiemb_jax.config import ModelSettings
 from codiemb_jax.models.attention import attend
 from codiemb_jax.models.rope import Rope, rotate, rotation
-from codiemb_jax.batch import ROW_AXES, Rows
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,12 @@ class Decoder(nnx.Module):
         x = by_rows(self.embedding[...].astype(self.compute_dtype)[rows.tokens])
         frequencies = self.config.rope.inverse_frequencies(self.config.head_dim)
         cosine, sine = rotation(frequencies, jnp.asarray(rows.positions))
+        segments = jnp.asarray(rows.segments)
         graph, weights = nnx.split(self.layers)
 
         def layer(carry: tuple[jax.Array, Any], scanned: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
             (x, tapped), (weights, number) = carry, scanned
-            x = nnx.merge(graph, weights)(x, rows.segments, cosine, sine)
+            x = nnx.merge(graph, weights)(x, segments, cosine, sine)
             return (x, jax.lax.cond(number == tap_layer, tap, lambda _: tapped, x)), None
 
         numbers = jnp.arange(1, self.config.layers + 1)

@@ -1,11 +1,13 @@
 """Rows of tokens -> one vector a text: encode, pool, normalise."""
 
+from contextlib import AbstractContextManager
+
 import jax
 import jax.numpy as jnp
 
+from codiemb_jax.batch import Rows
 from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.models.pooling import mean_pool, unit
-from codiemb_jax.batch import Rows
 
 
 def embed(model: Decoder, rows: Rows, slots: int = 1) -> jax.Array:
@@ -27,6 +29,6 @@ def _vectors(hidden: jax.Array, rows: Rows, slots: int) -> jax.Array:
     return unit(mean_pool(hidden, rows, slots)).reshape(-1, hidden.shape[-1])
 
 
-def _precision(model: Decoder):  # noqa: ANN202
+def _precision(model: Decoder) -> AbstractContextManager:
     # Otherwise "float32" products would run as bfloat16 on TPU and as TF32 on GPU.
     return jax.default_matmul_precision("highest" if model.compute_dtype == jnp.float32 else "default")

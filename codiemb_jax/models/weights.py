@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    def read(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
         """A weight, or the block of it that `index` names; only that much is read."""
-        return self._files[name].get_slice(name)[index] if index else self._files[name].get_tensor(name)
+        return self._files[name].get_slice(name)[index]
 
 
 def find_prefix(names: Mapping[str, Any]) -> str:
@@ -135,22 +136,28 @@ def read_weights(files: WeightFiles, family: Family, prefix: str, abstract: Para
     for weight in family.weights:
         leaf = _leaf(abstract, weight.ours)
         names = _names(weight, prefix, leaf.shape[0])
-
-        def block(index, weight=weight, names=names, dtype=leaf.dtype):  # noqa: ANN001, ANN202
-            within = index[1:] if "{layer}" in weight.theirs else index
-            blocks = [
-                files.read(name, within[::-1] if weight.transpose else within)
-                for name in (names[index[0]] if "{layer}" in weight.theirs else names)
-            ]
-            blocks = [(block.T if weight.transpose else block).astype(dtype) for block in blocks]
-            return np.stack(blocks) if "{layer}" in weight.theirs else blocks[0]
-
+        block = partial(_read_block, files, weight, names, leaf.dtype)
         *parents, last = weight.ours.split(".")
         place = params
         for key in parents:
             place = place.setdefault(key, {})
         place[last] = jax.make_array_from_callback(leaf.shape, leaf.sharding, block)
     return params
+
+
+def _read_block(
+    files: WeightFiles, weight: Weight, names: list[str], dtype: Any, index: tuple[slice, ...] | None
+) -> np.ndarray:
+    """The block of one of our weights that `index` names."""
+    assert index is not None  # it would be for a device of another host, which reads for itself
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        value = files.read(name, index[::-1] if weight.transpose else index)
+        return (value.T if weight.transpose else value).astype(dtype)
+
+    if "{layer}" not in weight.theirs:
+        return read(names[0], index)
+    return np.stack([read(name, index[1:]) for name in names[index[0]]])
 
 
 def named_weights(params: Params, family: Family, prefix: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -70,9 +70,7 @@ def sts_objective(
     if axes and b % size:
         pairs = jax.lax.all_gather(pairs, axes, tiled=True)
 
-    def of_list(
-        similarity: jax.Array, scores: jax.Array, middle: tuple[jax.Array, jax.Array] | None
-    ) -> Parts:
+    def of_list(similarity: jax.Array, scores: jax.Array, middle: tuple[jax.Array, jax.Array] | None) -> Parts:
         parts = {
             "pearson": pearson(similarity, scores),
             "rank_kl": rank_kl(similarity, scores, settings.list_temperature),

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -40,9 +39,7 @@ class Checkpoints:
         """Steps done at the newest checkpoint; 0 if there is none."""
         return self._manager.latest_step() or 0
 
-    def save(
-        self, done: int, state: TrainState, untrained: Mapping[str, np.ndarray], blueprint: Blueprint
-    ) -> None:
+    def save(self, done: int, state: TrainState, untrained: Mapping[str, np.ndarray], blueprint: Blueprint) -> None:
         """Starts saving and returns once the state is copied."""
         items = _items(state.params, untrained, blueprint) | {"optimizer": ocp.args.StandardSave(state.opt_state)}
         self._manager.save(done, args=ocp.args.Composite(**items))
@@ -104,5 +101,7 @@ def restore_untrained(folder: Path) -> dict[str, np.ndarray]:
     if not (folder / "untrained").is_dir():
         return {}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(untrained=ocp.args.StandardRestore()))
+        restored = checkpointer.restore(
+            folder.absolute(), args=ocp.args.Composite(untrained=ocp.args.StandardRestore())
+        )
     return {name: np.asarray(value) for name, value in restored.untrained.items()}

@@ -7,9 +7,9 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from codiemb_jax.batch import ROW_AXES
 from codiemb_jax.config import MeshSettings
 from codiemb_jax.errors import UserError
-from codiemb_jax.batch import ROW_AXES
 
 WEIGHT_RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
 """Which mesh axis splits which axis of a weight; all other axes are whole on every device."""

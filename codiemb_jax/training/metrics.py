@@ -12,6 +12,7 @@ from tensorboardX import SummaryWriter
 
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.errors import UserError
+from codiemb_jax.files import write_whole
 
 
 class MetricsLog:
@@ -79,6 +80,4 @@ def _keep_lines(path: Path, done: int) -> None:
             f"{path}: holds {len(lines)} lines, the checkpoint to continue from is at step {done}; put the file back, "
             "or start over in another output_dir"
         )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(line + "\n" for line in lines))

@@ -12,7 +12,13 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from codiemb_jax.config import ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
-from codiemb_jax.models.blueprint import TOKENIZER_FILES, Blueprint, read_code_files, read_config_file, read_tokenizer_files
+from codiemb_jax.models.blueprint import (
+    TOKENIZER_FILES,
+    Blueprint,
+    read_code_files,
+    read_config_file,
+    read_tokenizer_files,
+)
 from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.families import family_of
 from codiemb_jax.models.families.family import Family
@@ -100,7 +106,9 @@ def _find(path: str) -> Path:
     if folder.is_dir():
         steps = sorted((int(child.name) for child in folder.iterdir() if child.name.isdigit()), reverse=True)
         if steps and is_checkpoint(folder / str(steps[0])):
-            raise UserError(f"{folder} holds several checkpoints; give one of them, for example {folder / str(steps[0])}")
+            raise UserError(
+                f"{folder} holds several checkpoints; give one of them, for example {folder / str(steps[0])}"
+            )
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise UserError(f"model.path: {path} is neither a folder nor a hub id (owner/name)")

@@ -39,9 +39,7 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> opt
             lambda path, leaf: leaf.ndim >= 2 and "norm" not in jax.tree_util.keystr(path), params
         )
 
-    adamw = optax.adamw(
-        schedule, *settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, mask=decayed
-    )
+    adamw = optax.adamw(schedule, *settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, mask=decayed)
     clip = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
     return optax.chain(*clip, adamw)
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from codiemb_jax.batch import ROW_AXES, Batch, IRBatch, Rows
 from codiemb_jax.config import Settings
 from codiemb_jax.models.embed import embed, embed_with_middle
 from codiemb_jax.objectives.tasks import ir_objective, sts_objective
-from codiemb_jax.batch import ROW_AXES, Batch, IRBatch, Rows
 from codiemb_jax.training.mesh import by_row, replicated
 from codiemb_jax.training.state import TrainState
-
 
 Metrics = dict[str, jax.Array]
 
@@ -43,9 +43,7 @@ def encode(graph: Any, params: Any, rows: Rows, mesh: Mesh, chunks: int, functio
     return jax.tree.map(join, jax.lax.map(piece, jax.tree.map(split, rows)))
 
 
-def batch_loss(
-    graph: Any, params: Any, batch: Batch, *, settings: Settings, mesh: Mesh
-) -> tuple[jax.Array, Metrics]:
+def batch_loss(graph: Any, params: Any, batch: Batch, *, settings: Settings, mesh: Mesh) -> tuple[jax.Array, Metrics]:
     """Loss of a global batch, float32, and its unweighted parts.
 
     The model runs under automatic partitioning; the objective runs on each device's own vectors and gathers
@@ -76,7 +74,7 @@ def make_step(
     settings: Settings,
     mesh: Mesh,
     state: TrainState,
-) -> Callable[[TrainState, jax.Array, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, np.int32, Batch], tuple[TrainState, Metrics]]:
     """The jitted step: (state, step number, batch) -> (state, metrics before the update).
 
     It compiles once a (task, shape); the state is donated.  `state` gives the layout, nothing else of it is used.

@@ -59,16 +59,19 @@ def decoder_weights(qk_norm: bool) -> tuple[Weight, ...]:
     return tuple(table)
 
 
-def read_decoder_config(
-    hf: Mapping[str, Any], *, qk_norm: bool, default_head_dim: int | None = None
-) -> DecoderConfig:
+def read_decoder_config(hf: Mapping[str, Any], *, qk_norm: bool, default_head_dim: int | None = None) -> DecoderConfig:
     """config.json -> DecoderConfig; what the decoder does not compute is an error, all of it at once.
 
     default_head_dim: where config.json names none; None: hidden_size / num_attention_heads.
     """
-    required = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads rms_norm_eps".split()
-    )
+    required = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+    ]
     problems = [f"{name} is missing" for name in required if name not in hf]
     if (activation := hf.get("hidden_act", "silu")) != "silu":
         problems.append(f"hidden_act {activation!r} is not supported; supported is silu")
