@@ -32,6 +32,8 @@ class ModelSettings(Section):
     """How a text's tokens become one vector."""
     normalize: Literal[True] = True
     """Scale vectors to length 1."""
+    projection_dim: None = None
+    """A learned projection of the vectors: not there yet."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and matrix products.  On a CPU the default is float32."""
     param_dtype: Literal["bfloat16", "float32"] = "float32"
@@ -68,6 +70,8 @@ class DataSettings(Section):
     """Similarity data, likewise."""
     sampler: Literal["dynamic", "single"] = "dynamic"
     """dynamic: each task has its own batch size; single: one batch size for both."""
+    ir_share: None = None
+    """Share of retrieval steps: null, as the batches of the data sets fall; nothing else is there yet."""
     ir_global_batch_size: Positive = 224
     """Queries in a retrieval step, over all devices."""
     sts_global_batch_size: Positive = 256
@@ -156,6 +160,17 @@ class MeshSettings(Section):
         return self
 
 
+class DistributedSettings(Section):
+    """Training on several hosts: not there yet."""
+
+    coordinator: None = None
+    """Address of the first host."""
+    num_processes: None = None
+    """Number of hosts."""
+    process_id: None = None
+    """This host's number."""
+
+
 class CheckpointSettings(Section):
     every_steps: Positive | None = None
     """Save after this many steps."""
@@ -196,6 +211,7 @@ class Settings(BaseSettings):
     encode_chunks: Positive = 1
     """Encode a batch in this many chunks: the same gradient at the memory of one chunk."""
     mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     export: bool = True
     """Write a Hugging Face folder to output_dir/export at the end."""

@@ -1,6 +1,6 @@
 """Texts -> vectors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from typing import Any
@@ -47,21 +47,16 @@ class Embedder:
     def encode_query(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
         """Unit vectors of queries, float32 [texts, dim]; `instruction` defaults to the settings' own."""
         instruction = self._default_instruction if instruction is None else instruction
-        return self.encode_queries(Triple(instruction, "", text.strip("\t\n :")) for text in texts)
+        triples = [Triple(instruction, "", text.strip("\t\n :")) for text in texts]
+        return self.encode(self._encoder.encode_queries(triples, self._max_tokens))
 
     def encode_document(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of passages, float32 [texts, dim]."""
-        return self.encode_passages(Triple("", "", text.strip("\t\n :")) for text in texts)
+        triples = [Triple("", "", text.strip("\t\n :")) for text in texts]
+        return self.encode(self._encoder.encode_passages(triples, self._max_tokens))
 
-    def encode_queries(self, triples: Iterable[Triple]) -> np.ndarray:
-        """Unit vectors of (task instruction, instance instruction, text) as queries."""
-        return self._vectors(self._encoder.encode_queries(list(triples), self._max_tokens))
-
-    def encode_passages(self, triples: Iterable[Triple]) -> np.ndarray:
-        """Unit vectors of triples as passages."""
-        return self._vectors(self._encoder.encode_passages(list(triples), self._max_tokens))
-
-    def _vectors(self, texts: Sequence[Tokens]) -> np.ndarray:
+    def encode(self, texts: Sequence[Tokens]) -> np.ndarray:
+        """Unit vectors of tokenised texts, float32 [texts, dim]."""
         order = sorted(range(len(texts)), key=lambda i: texts[i].ids.size)  # neighbours share a row length
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
         for start in range(0, len(order), self._rows):

@@ -6,7 +6,6 @@ continues from the newest checkpoint of `output_dir`.
 
 import argparse
 import json
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from codiemb_jax.config import Settings, load_settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.prepare import PreparedDataSet, cache_folder, prepare
 from codiemb_jax.data.prompts import PromptEncoder
-from codiemb_jax.data.records import Task, find_files, read_records
+from codiemb_jax.data.records import Task, find_files
 from codiemb_jax.data.sampler import Plan, Source, StepPlan
 from codiemb_jax.encode import Embedder
 from codiemb_jax.errors import UserError, listed, run_program
-from codiemb_jax.evaluate import HeldOut, evaluate
+from codiemb_jax.evaluate import Figures, HeldOut, evaluate, read_held_out
 from codiemb_jax.export import write_export
 from codiemb_jax.files import write_whole
 from codiemb_jax.models.weights import Params
@@ -39,7 +38,9 @@ from codiemb_jax.training.step import Metrics, make_step
 
 TASKS: tuple[Task, ...] = ("ir", "sts")
 
-FREE_TO_CHANGE = ("output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation")
+FREE_TO_CHANGE = (
+    "output_dir", "mesh", "distributed", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat",
+)  # fmt: skip
 """Settings that may differ when a run is continued: they do not change what is computed."""
 
 
@@ -69,7 +70,7 @@ def train(settings: Settings) -> None:
     longest = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
     model = open_model(settings.model, settings.prompt, mesh, longest)
     encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
-    check_held_out(settings)
+    held_out = read_held_out(settings.evaluation, encoder, longest)
     data_sets = prepare_data(settings, encoder)
     plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings.data, settings.seed)
     embedder = Embedder(model.graph, encoder, mesh, longest, settings.prompt.default_instruction)
@@ -83,9 +84,9 @@ def train(settings: Settings) -> None:
     with jax.set_mesh(mesh):
         untrained = model.load_untrained()
         initial = None if checkpoints.latest() else model.load()
-        before = held_out_before(settings, initial, embedder)
+        before = figures_before(settings, held_out, embedder, initial)
         params = run_steps(settings, model, plan, data_sets, checkpoints, initial, untrained)
-        after = evaluate(embedder.with_params(params), settings.evaluation)
+        after = evaluate(embedder.with_params(params), held_out)
         if settings.export:
             write_export(settings.output_dir / "export", params, untrained, model.blueprint, stock=True)
     report(settings, before, after)
@@ -116,21 +117,21 @@ def run_steps(
         state = TrainState(initial, initial_opt_state(optimizer, initial))
     mesh = layout.params["norm"].sharding.mesh
     step = make_step(model.graph, optimizer, schedule, settings, mesh, layout)
-    log = MetricsLog(settings.output_dir, [data_set.name for data_set in data_sets], done, steps)
+    names = [data_set.name for data_set in data_sets]
     waiting: tuple[StepPlan, Metrics] | None = None  # a step's metrics are read while the next one runs
-    for step_plan, batch in batches(plan, data_sets, by_row(mesh), start=done, stop=steps):
-        state, metrics = step(state, np.int32(step_plan.number), batch)
-        if waiting:
-            log.write(*waiting)
-        waiting = (step_plan, metrics)
-        done = step_plan.number + 1
-        if checkpoints.due(done) or done == steps:
-            # The lines of all steps that a checkpoint holds must be on disk before it.
-            log.write(*waiting)
-            log.flush()
-            waiting = None
-            checkpoints.save(done, state, untrained, model.blueprint)
-    log.close()
+    with MetricsLog(settings.output_dir, names, done, steps) as log:
+        for step_plan, batch in batches(plan, data_sets, by_row(mesh), start=done, stop=steps):
+            state, metrics = step(state, np.int32(step_plan.number), batch)
+            if waiting:
+                log.write(*waiting)
+            waiting = (step_plan, metrics)
+            done = step_plan.number + 1
+            if checkpoints.due(done) or done == steps:
+                # The lines of all steps that a checkpoint holds must be on disk before it.
+                log.write(*waiting)
+                log.flush()
+                waiting = None
+                checkpoints.save(done, state, untrained, model.blueprint)
     checkpoints.close()
     return state.params
 
@@ -167,7 +168,7 @@ def check_same_run(settings: Settings) -> None:
     differences = [
         f"{name}: {earlier.get(name)} there, {now.get(name)} now"
         for name in sorted(earlier.keys() | now.keys())
-        if earlier.get(name) != now.get(name) and name.split(".")[0] not in FREE_TO_CHANGE
+        if earlier.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
     ]
     if differences:
         raise UserError(
@@ -193,24 +194,19 @@ def prepare_data(settings: Settings, encoder: PromptEncoder) -> list[PreparedDat
     ]
 
 
-def check_held_out(settings: Settings) -> None:
-    """Reads the held-out files once, so that a mistake in them shows before training and not after."""
-    for task in TASKS:
-        for path in find_files(getattr(settings.evaluation, task), f"evaluation.{task}"):
-            deque(read_records(path, task), maxlen=0)
-
-
-def held_out_before(settings: Settings, initial: Params | None, embedder: Embedder) -> HeldOut:
+def figures_before(
+    settings: Settings, held_out: Sequence[HeldOut], embedder: Embedder, initial: Params | None
+) -> Figures:
     """Figures of the model as it came; a continued run takes them from where its start wrote them."""
     path = settings.output_dir / "evaluation.json"
     if initial is None:
         return json.loads(path.read_text(encoding="utf-8"))["before"] if path.exists() else {}
-    before = evaluate(embedder.with_params(initial), settings.evaluation)
+    before = evaluate(embedder.with_params(initial), held_out)
     write_whole(path, json.dumps({"before": before}, indent=2) + "\n")
     return before
 
 
-def report(settings: Settings, before: HeldOut, after: HeldOut) -> None:
+def report(settings: Settings, before: Figures, after: Figures) -> None:
     """Prints and keeps the held-out figures."""
     write_whole(
         settings.output_dir / "evaluation.json", json.dumps({"before": before, "after": after}, indent=2) + "\n"

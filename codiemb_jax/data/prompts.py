@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
     """Index of the first content token; the content is `ids[content:]`, the end tokens included."""
 
 
-class EmptyContent(ValueError):
+class EmptyContent(UserError):
     """Texts of which no content token would be left: their pooled vector would be 0/0.
 
     Both fields name texts by their place in the call.

@@ -1,6 +1,7 @@
 """metrics.jsonl, TensorBoard and the progress line."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class MetricsLog:
         _keep_lines(path, done)
         self._names = names
         self._last = time.perf_counter()
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", buffering=1, encoding="utf-8")  # a line at a time
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=done)
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
@@ -36,9 +37,24 @@ class MetricsLog:
         self._task = self._progress.add_task("training", total=total, completed=done, shown="")
         self._progress.start()
 
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self._file.close()
+        self._board.close()
+        self._progress.stop()
+
     def write(self, plan: StepPlan, metrics: Mapping[str, jax.Array]) -> None:
-        """Writes one step's line, once the step has run."""
+        """Writes one step's line, once the step has run.  UserError if the loss is no number any more."""
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            raise UserError(
+                f"step {plan.number} ({plan.task}, {self._names[plan.source]}): the loss is {values['loss']}, the "
+                f"gradient's norm {values['grad_norm']}; checkpoints hold earlier steps only.  Lower "
+                "optimizer.learning_rate or set optimizer.clip_norm, in another output_dir"
+            )
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         line = {
@@ -64,12 +80,6 @@ class MetricsLog:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._board.flush()
-
-    def close(self) -> None:
-        self.flush()
-        self._file.close()
-        self._board.close()
-        self._progress.stop()
 
 
 def _keep_lines(path: Path, done: int) -> None:
