@@ -5,15 +5,20 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import jax
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.errors import UserError
 from codiemb_jax.files import write_whole
+
+SECONDS_BETWEEN_LINES = 30
+"""How often progress is told where no terminal shows the bar."""
 
 
 class MetricsLog:
@@ -30,9 +35,12 @@ class MetricsLog:
         self._last = time.perf_counter()
         self._file = path.open("a", buffering=1, encoding="utf-8")  # a line at a time
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=done)
+        self._console = Console(stderr=True)
+        self._told = self._last
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self._console,
         )  # fmt: skip
         self._task = self._progress.add_task("training", total=total, completed=done, shown="")
         self._progress.start()
@@ -74,6 +82,12 @@ class MetricsLog:
         self._board.add_scalar("tokens_per_second", plan.tokens / seconds, plan.number)
         shown = f"{plan.task:>3} loss {values['loss']:.4f}  {plan.tokens / seconds:,.0f} tokens/s"
         self._progress.update(self._task, completed=plan.number + 1, shown=shown)
+        if not self._console.is_terminal and now - self._told > SECONDS_BETWEEN_LINES:
+            # A log file shows no bar that moves.
+            self._told = now
+            task = self._progress.tasks[self._task]
+            left = timedelta(seconds=round(task.time_remaining or 0))
+            self._console.print(f"step {plan.number + 1} of {task.total}  {shown}  left {left}", soft_wrap=True)
 
     def flush(self) -> None:
         """Returns once all lines are on disk."""
