@@ -162,7 +162,7 @@ def check_batches(settings: Settings, shards: int) -> None:
 def check_same_run(settings: Settings) -> None:
     """UserError if output_dir holds checkpoints of a run that computes something else."""
     path = settings.output_dir / "config.yaml"
-    if not path.exists() or not (settings.output_dir / "checkpoints").exists():
+    if not path.exists() or not any((settings.output_dir / "checkpoints").glob("[0-9]*")):
         return
     earlier, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(settings.model_dump(mode="json"))
     differences = [

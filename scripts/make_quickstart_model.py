@@ -21,9 +21,9 @@ HOME = Path(__file__).parent.parent / "codiemb_jax" / "quickstart"
 CONFIG = {
     "architectures": ["Qwen3Model"],
     "model_type": "qwen3",
-    "vocab_size": 4096,
-    "hidden_size": 128,
-    "intermediate_size": 384,
+    "vocab_size": 1500,
+    "hidden_size": 256,
+    "intermediate_size": 512,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
