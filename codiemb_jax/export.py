@@ -2,21 +2,29 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax import __version__
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.data.prompts import PromptEncoder
 from codiemb_jax.data.records import Triple
+from codiemb_jax.errors import UserError
 from codiemb_jax.models.blueprint import Blueprint, write_files
 from codiemb_jax.models.families import family_of
-from codiemb_jax.models.weights import Params, write_weights
+from codiemb_jax.models.weights import NUMPY_TYPES, Params, write_weights
 
+_LONG = (
+    "The committee met in the spring to settle the budget of the coming year, heard the reports of the three working "
+    "groups on roads, schools and water, and put off the vote on the new bridge until the engineers had answered the "
+    "questions that the neighbouring towns had raised about its height, its cost and the traffic it would bring. "
+)
 PROBES = (
     "what is the capital of France",
     "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
@@ -25,11 +33,10 @@ PROBES = (
     "怎样更换自行车的内胎？",
     "“Quoted”, (bracketed) and C++20",
     "Überraschend schöne Straßen führen über den Pass",
-    "The committee met in the spring to settle the budget of the coming year, heard the reports of the three working "
-    "groups on roads, schools and water, and put off the vote on the new bridge until the engineers had answered the "
-    "questions that the neighbouring towns had raised about its height, its cost and the traffic it would bring.",
+    _LONG.strip(),
+    (8 * _LONG).strip(),
 )
-"""Texts over which an export is tried."""
+"""Texts over which an export is tried; the longest has some 500 tokens, for short ones hide errors of RoPE."""
 
 
 def write_export(
@@ -42,18 +49,29 @@ def write_export(
     """
     temporary = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_folder(temporary, params, untrained, blueprint, stock)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_folder(
+    temporary: Path, params: Params, untrained: Mapping[str, np.ndarray], blueprint: Blueprint, stock: bool
+) -> None:
     family = family_of(blueprint.config)
     write_weights(temporary, params, untrained, family, blueprint.prefix, blueprint.dtypes)
     config = family.stock(blueprint.config) if stock else blueprint.config
-    _write_json(temporary / "config.json", _described(config, blueprint.attention))
+    _write_json(temporary / "config.json", _described(config, blueprint))
     if not stock:
         write_files(temporary, blueprint.code)
     prompts = export_prompts(PromptSettings(**blueprint.prompt))
     _write_tokenizer(temporary, blueprint, prompts["query"])
     _write_sentence_transformers(temporary, blueprint, prompts, int(params["norm"].shape[-1]))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def export_prompts(prompt: PromptSettings) -> dict[str, str]:
@@ -62,13 +80,19 @@ def export_prompts(prompt: PromptSettings) -> dict[str, str]:
     return {"query": query, "document": prompt.begin + prompt.passage}
 
 
-def _described(config: dict[str, Any], attention: str) -> dict[str, Any]:
+def _described(config: dict[str, Any], blueprint: Blueprint) -> dict[str, Any]:
     """config.json as it fits the weights that are written, and the direction of attention in both spellings:
     `is_causal` for transformers, the other for vLLM and TEI.
+
+    The weights' type is that of most of them; it stands under the name that the config came with.
     """
-    bidirectional = attention == "bidirectional"
+    most, _ = Counter(blueprint.dtypes.values()).most_common(1)[0]
+    spelling = "dtype" if "dtype" in config else "torch_dtype"
+    bidirectional = blueprint.attention == "bidirectional"
     config = {name: value for name, value in config.items() if name != "quantization_config"}  # weights are plain
-    return {**config, "is_causal": not bidirectional, "use_bidirectional_attention": bidirectional}
+    return {**config, "is_causal": not bidirectional, "use_bidirectional_attention": bidirectional} | {
+        spelling: np.dtype(NUMPY_TYPES[most]).name
+    }
 
 
 def _write_tokenizer(folder: Path, blueprint: Blueprint, query_prompt: str) -> None:
@@ -99,7 +123,7 @@ def _write_tokenizer(folder: Path, blueprint: Blueprint, query_prompt: str) -> N
 def _appends(tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]) -> dict[str, Any]:
     """A post-processor (tokenizers' TemplateProcessing) that puts the end tokens behind a text."""
     names = {tokenizer.convert_ids_to_tokens(i): i for i in end_ids}
-    end = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    end = [{"SpecialToken": {"id": tokenizer.convert_ids_to_tokens(i), "type_id": 0}} for i in end_ids]
     first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
     special = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in names.items()}
     return {
@@ -140,6 +164,7 @@ def _write_sentence_transformers(folder: Path, blueprint: Blueprint, prompts: di
     _write_json(
         folder / "config_sentence_transformers.json",
         {
+            "__version__": {"transformers": transformers.__version__},
             "prompts": prompts,
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
@@ -162,6 +187,8 @@ tags: [sentence-transformers, feature-extraction, sentence-similarity, codiemb]
 Fine-tuned with [CoDiEmb](https://arxiv.org/abs/2508.11442) by codiemb_jax {__version__}. It maps a text of up to
 {blueprint.max_tokens} tokens to a unit vector of {dim} dimensions; similarity is the dot product.
 Attention is {blueprint.attention}; a vector is the mean over the text's tokens, the prompt's left out.
+It was trained on texts without tabs, newlines, blanks and colons at their ends: strip yours (`text.strip("\\t\\n :")`).
+Needs transformers 5.2 or newer: older ones ignore `is_causal` in config.json.
 
 ```python
 from sentence_transformers import SentenceTransformer

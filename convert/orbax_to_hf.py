@@ -7,8 +7,11 @@ the folder in sentence-transformers and compares its token ids and vectors with 
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import jax
 
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError, run_program
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.verify:
         from convert.verify import verify  # PyTorch is loaded only where it is asked for
 
-        verify(options.output, model)
+        if not verify(options.output, model):
+            sys.exit(f"verification failed; {options.output} is left for you to look at")
 
 
 def open_checkpoint(path: Path) -> ModelFolder:
@@ -47,7 +51,7 @@ def open_checkpoint(path: Path) -> ModelFolder:
     settings = ModelSettings.model_validate(
         {"path": str(path), "attention": blueprint.attention, "compute_dtype": "float32"}
     )
-    mesh = make_mesh(MeshSettings())
+    mesh = make_mesh(MeshSettings(), jax.devices("cpu")[:1])
     return open_model(settings, PromptSettings(**blueprint.prompt), mesh, blueprint.max_tokens)
 
 

@@ -122,7 +122,8 @@ class Decoder(nnx.Module):
 
         `tap` runs inside the scan, so that no layer's states need to be kept for it.
         """
-        x = by_rows(self.embedding[...].astype(self.compute_dtype)[rows.tokens])
+        # Cast after the look-up: the gradient of a frequent token is summed in the type of the weights.
+        x = by_rows(self.embedding[...][rows.tokens].astype(self.compute_dtype))
         frequencies = self.config.rope.inverse_frequencies(self.config.head_dim)
         cosine, sine = rotation(frequencies, jnp.asarray(rows.positions))
         segments = jnp.asarray(rows.segments)

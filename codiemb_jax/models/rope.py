@@ -26,8 +26,10 @@ class Rope:
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "Rope":
         """Reads both spellings: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5)."""
-        scaling = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        theta = scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
+        parts = {name: hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
+        if wrong := [name for name, part in parts.items() if not isinstance(part, dict)]:
+            raise UserError(f"config.json: {wrong[0]}: expected an object or null, found {hf[wrong[0]]!r}")
+        scaling = {**parts["rope_scaling"], **parts["rope_parameters"]}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in KINDS:
             raise UserError(f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(KINDS)}")
@@ -38,9 +40,12 @@ class Rope:
             "linear": ("factor",),
             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         }[kind]
-        if missing := [name for name in names if name not in scaling]:
-            raise UserError(f"config.json: rope_type {kind} needs {', '.join(missing)} under rope_scaling")
-        return cls(theta=float(theta), kind=kind, **{name: scaling[name] for name in names})
+        numbers = {"rope_theta": scaling.get("rope_theta", hf.get("rope_theta", 10000.0))}
+        numbers |= {name: scaling.get(name) for name in names}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise UserError(f"config.json: rope_type {kind}: {name}: expected a number above 0, found {value!r}")
+        return cls(theta=float(numbers.pop("rope_theta")), kind=kind, **numbers)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Angle per position of each pair of dimensions, float32 [head_dim / 2]."""

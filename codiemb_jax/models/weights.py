@@ -4,7 +4,7 @@ Our parameters are a nested dict of arrays; a weight's path in the table is its 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
@@ -26,7 +26,7 @@ Params = dict[str, Any]
 SHARD_BYTES = 5 * 10**9
 """Largest weight file that an export writes, the limit that Hugging Face's own files keep."""
 
-NUMPY_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class WeightFiles:
@@ -136,7 +136,7 @@ def read_weights(files: WeightFiles, family: Family, prefix: str, abstract: Para
     for weight in family.weights:
         leaf = _leaf(abstract, weight.ours)
         names = _names(weight, prefix, leaf.shape[0])
-        block = partial(_read_block, files, weight, names, leaf.dtype)
+        block = _once_each(partial(_read_block, files, weight, names, leaf.dtype))
         *parents, last = weight.ours.split(".")
         place = params
         for key in parents:
@@ -145,11 +145,23 @@ def read_weights(files: WeightFiles, family: Family, prefix: str, abstract: Para
     return params
 
 
+def _once_each(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """Reads each block once, however many devices hold it."""
+    blocks: dict[Any, np.ndarray] = {}
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in blocks:
+            blocks[key] = read(index)
+        return blocks[key]
+
+    return block
+
+
 def _read_block(
-    files: WeightFiles, weight: Weight, names: list[str], dtype: Any, index: tuple[slice, ...] | None
+    files: WeightFiles, weight: Weight, names: list[str], dtype: Any, index: tuple[slice, ...]
 ) -> np.ndarray:
     """The block of one of our weights that `index` names."""
-    assert index is not None  # it would be for a device of another host, which reads for itself
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         value = files.read(name, index[::-1] if weight.transpose else index)

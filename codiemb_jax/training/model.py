@@ -72,6 +72,12 @@ def open_model(
             f"data.query_max_tokens and data.passage_max_tokens may be at most {config.max_positions}, the positions "
             f"of the model (max_position_embeddings in {path / 'config.json'})"
         )
+    largest = max(blueprint.tokenizer().get_vocab().values())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has a token with id {largest}, but the model only {config.vocab_size} embeddings "
+            "(vocab_size in config.json); a special token named in tokenizer_config.json must be one of tokenizer.json"
+        )
     graph, abstract = abstract_model(config, settings, mesh)
     if not is_checkpoint(path):
         with WeightFiles(path) as files:
@@ -113,6 +119,6 @@ def _find(path: str) -> Path:
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise UserError(f"model.path: {path} is neither a folder nor a hub id (owner/name)")
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors*", "config.json", *TOKENIZER_FILES]))
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors*", "config.json", "*.py", *TOKENIZER_FILES]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise UserError(f"model.path: {path} is not a folder, and cannot be had from the hub: {error}") from error

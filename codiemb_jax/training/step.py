@@ -15,7 +15,7 @@ from codiemb_jax.batch import ROW_AXES, Batch, IRBatch, Rows
 from codiemb_jax.config import Settings
 from codiemb_jax.models.embed import embed, embed_with_middle
 from codiemb_jax.objectives.tasks import ir_objective, sts_objective
-from codiemb_jax.training.mesh import by_row, replicated
+from codiemb_jax.training.mesh import by_row, replicated, row_shards
 from codiemb_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -29,7 +29,7 @@ def encode(graph: Any, params: Any, rows: Rows, mesh: Mesh, chunks: int, functio
     """
     if chunks == 1:
         return function(nnx.merge(graph, params), rows)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
 
     def split(x: jax.Array) -> jax.Array:  # [rows, …] -> [chunks, rows / chunks, …]
         x = x.reshape(shards, chunks, -1, *x.shape[1:]).swapaxes(0, 1).reshape(chunks, -1, *x.shape[1:])

@@ -15,6 +15,6 @@ FAMILIES = {family.model_type: family for family in (llama.FAMILY, qwen3.FAMILY,
 def family_of(hf: dict[str, Any]) -> Family:
     """The family of a config.json.  UserError if there is none for it."""
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from codiemb_jax.errors import UserError, listed
 from codiemb_jax.models.decoder import DecoderConfig
@@ -59,39 +62,70 @@ def decoder_weights(qk_norm: bool) -> tuple[Weight, ...]:
     return tuple(table)
 
 
-def read_decoder_config(hf: Mapping[str, Any], *, qk_norm: bool, default_head_dim: int | None = None) -> DecoderConfig:
-    """config.json -> DecoderConfig; what the decoder does not compute is an error, all of it at once.
+Positive = Annotated[int, Field(strict=True, gt=0)]
 
-    default_head_dim: where config.json names none; None: hidden_size / num_attention_heads.
-    """
-    required = [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "rms_norm_eps",
-    ]
-    problems = [f"{name} is missing" for name in required if name not in hf]
-    if (activation := hf.get("hidden_act", "silu")) != "silu":
-        problems.append(f"hidden_act {activation!r} is not supported; supported is silu")
-    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if hf.get(name):
-            problems.append(f"{name} true is not supported; supported is false")
-    if problems:
-        raise UserError("config.json:\n" + listed(problems))
-    heads = hf["num_attention_heads"]
+
+class HFDecoder(BaseModel):
+    """The keys of config.json that a decoder is made of; a value that it does not compute is an error."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0)]
+    max_position_embeddings: Positive = 2048
+    initializer_range: Annotated[float, Field(ge=0)] = 0.02
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    use_sliding_window: Literal[False] | None = False
+
+    @model_validator(mode="after")
+    def _heads(self) -> "HFDecoder":
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_key_value_heads must divide num_attention_heads")
+        if self.head_dim % 2:
+            raise ValueError("head_dim must be even, for RoPE turns pairs of dimensions")
+        return self
+
+
+def check_config(hf: Mapping[str, Any]) -> HFDecoder:
+    """UserError that lists every key of config.json that cannot be used."""
+    try:
+        return HFDecoder.model_validate(hf)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            field = ".".join(map(str, problem["loc"]))
+            found = f", found {problem['input']!r}" if field and problem["type"] != "missing" else ""
+            problems.append(f"{field}{': ' if field else ''}{problem['msg'].removeprefix('Value error, ')}{found}")
+        raise UserError("config.json cannot be used:\n" + listed(problems)) from error
+
+
+def read_decoder_config(
+    hf: Mapping[str, Any], *, qk_norm: bool, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> DecoderConfig:
+    """config.json -> DecoderConfig.  `defaults` stand for keys that config.json lacks, as in transformers."""
+    checked = check_config({**defaults, **hf})
+    assert checked.num_key_value_heads and checked.head_dim  # resolved by the check
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        mlp_size=hf["intermediate_size"],
-        layers=hf["num_hidden_layers"],
-        heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or default_head_dim or hf["hidden_size"] // heads,
-        norm_eps=hf["rms_norm_eps"],
+        vocab_size=checked.vocab_size,
+        hidden_size=checked.hidden_size,
+        mlp_size=checked.intermediate_size,
+        layers=checked.num_hidden_layers,
+        heads=checked.num_attention_heads,
+        kv_heads=checked.num_key_value_heads,
+        head_dim=checked.head_dim,
+        norm_eps=checked.rms_norm_eps,
         rope=Rope.from_hf(dict(hf)),
         qk_norm=qk_norm,
-        max_positions=hf.get("max_position_embeddings", 2048),
-        initializer_range=hf.get("initializer_range", 0.02),
+        max_positions=checked.max_position_embeddings,
+        initializer_range=checked.initializer_range,
     )

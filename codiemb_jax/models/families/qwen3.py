@@ -4,9 +4,12 @@ from functools import partial
 
 from codiemb_jax.models.families.family import LM_EXTRAS, Family, decoder_weights, read_decoder_config
 
+DEFAULTS = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}
+"""What transformers takes for keys that config.json lacks."""
+
 FAMILY = Family(
     model_type="qwen3",
-    read_config=partial(read_decoder_config, qk_norm=True, default_head_dim=128),
+    read_config=partial(read_decoder_config, qk_norm=True, defaults=DEFAULTS),
     weights=decoder_weights(qk_norm=True),
     untrained=LM_EXTRAS,
     stock=lambda hf: hf,
