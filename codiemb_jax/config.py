@@ -3,20 +3,27 @@
 A run's settings are a YAML file plus flags (`--optimizer.learning_rate 1e-5`); a flag wins over the file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from codiemb_jax.errors import UserError, listed
 
+
+def _path(value: Any) -> Any:
+    if value == "":
+        raise ValueError("a path must not be empty")
+    return Path(value).expanduser() if isinstance(value, str) else value
+
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Paths = list[Path]
+Paths = list[Annotated[Path, BeforeValidator(_path)]]
 
 
 class Section(BaseModel):
@@ -253,8 +260,14 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected settings (`output_dir: …`), found {type(values).__name__}")
+    problems = [f"{path}:{line}: {field}: stands twice" for field, line in _twice(node)]
+    # Told here, for some of them are also names of arguments of what reads the flags.
+    unknown = [name for name in values if name not in Settings.model_fields]
+    problems += [f"{path}:{_line(node, [name])}: {name}: there is no such setting" for name in unknown]
+    if problems:
+        raise UserError("settings cannot be used:\n" + listed(problems))
     try:
-        return CliApp.run(Settings, cli_args=list(flags), **{str(name): value for name, value in values.items()})
+        return CliApp.run(Settings, cli_args=list(flags), **values)
     except SettingsError as error:
         raise UserError(str(error).removeprefix("error parsing CLI: ")) from error
     except ValidationError as error:
@@ -275,6 +288,17 @@ def _problem(problem: Any, node: yaml.Node | None, path: Path, flags: set[str]) 
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
     return f"{place}{field + ': ' if field else ''}{message}{given}"
+
+
+def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """Keys that stand twice in a mapping, of which YAML would take the last, and the line of the second."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key.value, key.start_mark.line + 1
+            seen.add(key.value)
+            yield from _twice(value)
 
 
 def _line(node: yaml.Node | None, location: Sequence[Any]) -> int | None:

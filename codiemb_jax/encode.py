@@ -47,12 +47,12 @@ class Embedder:
     def encode_query(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
         """Unit vectors of queries, float32 [texts, dim]; `instruction` defaults to the settings' own."""
         instruction = self._default_instruction if instruction is None else instruction
-        triples = [Triple(instruction, "", text.strip("\t\n :")) for text in texts]
+        triples = [Triple.of(instruction, "", text) for text in texts]
         return self.encode(self._encoder.encode_queries(triples, self._max_tokens))
 
     def encode_document(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of passages, float32 [texts, dim]."""
-        triples = [Triple("", "", text.strip("\t\n :")) for text in texts]
+        triples = [Triple.of("", "", text) for text in texts]
         return self.encode(self._encoder.encode_passages(triples, self._max_tokens))
 
     def encode(self, texts: Sequence[Tokens]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Held-out data -> nDCG@10 and Spearman correlation."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ HeldOut = HeldOutIR | HeldOutSTS
 
 def read_held_out(settings: EvaluationSettings, encoder: PromptEncoder, max_tokens: int) -> list[HeldOut]:
     """Reads and tokenises every held-out file.  UserError for whatever in them cannot be used."""
+    for name, paths in (("ir", settings.ir), ("sts", settings.sts)):
+        stems = Counter(path.stem for path in find_files(paths, f"evaluation.{name}"))
+        if twice := [stem for stem, count in stems.items() if count > 1]:
+            raise UserError(f"evaluation.{name}: two files are called {twice[0]}; figures go by that name, rename one")
     return [
         *(_read(path, _read_ir, encoder, max_tokens) for path in find_files(settings.ir, "evaluation.ir")),
         *(_read(path, _read_sts, encoder, max_tokens) for path in find_files(settings.sts, "evaluation.sts")),
@@ -82,6 +87,13 @@ def _read(path: Path, read: Callable[[Path, PromptEncoder, int], HeldOut], *how:
 
 def _read_ir(path: Path, encoder: PromptEncoder, max_tokens: int) -> HeldOutIR:
     records = list(read_records(path, "ir"))
+    records = [
+        record._replace(
+            positives=tuple(passage._replace(task="") for passage in record.positives),  # not read of passages
+            negatives=tuple(passage._replace(task="") for passage in record.negatives),
+        )
+        for record in records
+    ]
     places: dict[Triple, int] = {}
     for record in records:
         for passage in record.positives + record.negatives:

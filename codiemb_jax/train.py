@@ -5,6 +5,7 @@ continues from the newest checkpoint of `output_dir`.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from codiemb_jax.evaluate import Figures, HeldOut, evaluate, read_held_out
 from codiemb_jax.export import write_export
 from codiemb_jax.files import write_whole
 from codiemb_jax.models.weights import Params
-from codiemb_jax.training.checkpoint import Checkpoints
+from codiemb_jax.training.checkpoint import Checkpoints, has_checkpoints
 from codiemb_jax.training.mesh import by_row, make_mesh, row_shards
 from codiemb_jax.training.metrics import MetricsLog
 from codiemb_jax.training.model import ModelFolder, open_model
@@ -66,24 +67,30 @@ def train(settings: Settings) -> None:
     settings = with_platform_defaults(settings)
     mesh = make_mesh(settings.mesh)
     check_batches(settings, row_shards(mesh))
-    check_same_run(settings)
     longest = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
     model = open_model(settings.model, settings.prompt, mesh, longest)
     encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
     held_out = read_held_out(settings.evaluation, encoder, longest)
     data_sets = prepare_data(settings, encoder)
-    plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings.data, settings.seed)
+    plan = Plan([Source(str(d.path), d.task, d.index) for d in data_sets], settings.data, settings.seed)
+    inputs = inputs_of(model, data_sets)
+    continued = has_checkpoints(settings.output_dir / "checkpoints")
+    if continued:
+        check_same_run(settings, inputs)
     embedder = Embedder(model.graph, encoder, mesh, longest, settings.prompt.default_instruction)
 
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {settings.output_dir} cannot be made: {error.strerror}") from error
     checkpoints = Checkpoints(settings.output_dir / "checkpoints", settings.checkpoint, plan.steps_per_epoch)
-    if not checkpoints.latest():
-        write_whole(
-            settings.output_dir / "config.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-        )
+    if not continued:
+        resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_whole(settings.output_dir / "config.yaml", resolved)
+        write_whole(settings.output_dir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
     with jax.set_mesh(mesh):
         untrained = model.load_untrained()
-        initial = None if checkpoints.latest() else model.load()
+        initial = None if continued else model.load()
         before = figures_before(settings, held_out, embedder, initial)
         params = run_steps(settings, model, plan, data_sets, checkpoints, initial, untrained)
         after = evaluate(embedder.with_params(params), held_out)
@@ -159,16 +166,34 @@ def check_batches(settings: Settings, shards: int) -> None:
         raise UserError("batch sizes do not divide over the mesh:\n" + listed(problems))
 
 
-def check_same_run(settings: Settings) -> None:
+def inputs_of(model: ModelFolder, data_sets: Sequence[PreparedDataSet]) -> dict[str, str]:
+    """What a run reads, by fingerprint: the model's config, tokenizer and weights' types, and every data file."""
+    blueprint = json.dumps(model.blueprint.to_json(), sort_keys=True)
+    digests = {"model.path": hashlib.sha256(blueprint.encode()).hexdigest()[:16]}
+    return digests | {str(data_set.path): data_set.folder.name for data_set in data_sets}
+
+
+def check_same_run(settings: Settings, inputs: Mapping[str, str]) -> None:
     """UserError if output_dir holds checkpoints of a run that computes something else."""
-    path = settings.output_dir / "config.yaml"
-    if not path.exists() or not any((settings.output_dir / "checkpoints").glob("[0-9]*")):
-        return
-    earlier, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(settings.model_dump(mode="json"))
+    folder = settings.output_dir
+    try:
+        earlier = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        earlier_inputs = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder} holds checkpoints, but config.yaml or inputs.json, which tell of what run, cannot be read "
+            f"({error}); put them back, or start over in another output_dir"
+        ) from error
+    now = _flat(settings.model_dump(mode="json"))
     differences = [
         f"{name}: {earlier.get(name)} there, {now.get(name)} now"
         for name in sorted(earlier.keys() | now.keys())
         if earlier.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
+    ]
+    differences += [
+        f"{name}: its content has changed"
+        for name in sorted(earlier_inputs.keys() | inputs.keys())
+        if earlier_inputs.get(name) != inputs.get(name)
     ]
     if differences:
         raise UserError(

@@ -23,24 +23,24 @@ LIMIT = 128
 
 
 @pytest.fixture(scope="module")
-def model(golden):  # noqa: ANN001, ANN201
+def model(golden):
     settings = ModelSettings(path=str(golden / "youtu_tiny"), compute_dtype="float32")
     mesh = make_mesh(MeshSettings(fsdp=2))
     return open_model(settings, PromptSettings(), mesh), mesh
 
 
 @pytest.fixture(scope="module")
-def encoder(model):  # noqa: ANN001, ANN201
+def encoder(model):
     return PromptEncoder(model[0].blueprint.tokenizer(), PromptSettings())
 
 
 @pytest.fixture(scope="module")
-def embedder(model, encoder):  # noqa: ANN001, ANN201
+def embedder(model, encoder):
     folder, mesh = model
     return Embedder(folder.graph, encoder, mesh, LIMIT, "Find it").with_params(folder.load())
 
 
-def alone(model, text) -> np.ndarray:  # noqa: ANN001
+def alone(model, text) -> np.ndarray:
     """The vector of one tokenised text, in a row of its own length."""
     count = text.ids.size
     pooled = (np.arange(count) >= text.content)[None]
@@ -48,7 +48,7 @@ def alone(model, text) -> np.ndarray:  # noqa: ANN001
     return np.asarray(embed(nnx.merge(model[0].graph, model[0].load()), rows))[0]
 
 
-def test_a_vector_does_not_depend_on_its_company(model, encoder, embedder):  # noqa: ANN001
+def test_a_vector_does_not_depend_on_its_company(model, encoder, embedder):
     texts = [f"text number {i} " + "goes on " * (i % 17) for i in range(41)]  # more than one batch, several lengths
     vectors = embedder.encode_document(texts)
     tokens = encoder.encode_passages([Triple("", "", text.strip()) for text in texts], LIMIT)
@@ -57,7 +57,7 @@ def test_a_vector_does_not_depend_on_its_company(model, encoder, embedder):  # n
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
-def test_queries_carry_the_instruction(model, encoder, embedder):  # noqa: ANN001
+def test_queries_carry_the_instruction(model, encoder, embedder):
     for instruction, expected in ((None, "Find it"), ("Sort it", "Sort it"), ("", "")):
         (tokens,) = encoder.encode_queries([Triple(expected, "", "a red bicycle")], LIMIT)
         vector = embedder.encode_query([" a red bicycle\n"], instruction)[0]
@@ -74,7 +74,7 @@ def ndcg_at_10(similarity: np.ndarray, relevant: list[set[int]]) -> float:
     return float(np.mean(found))
 
 
-def test_ndcg_is_that_of_the_formula(golden, encoder, embedder):  # noqa: ANN001
+def test_ndcg_is_that_of_the_formula(golden, encoder, embedder):
     path = golden / "data" / "news.jsonl"
     (held_out,) = read_held_out(EvaluationSettings(ir=[path]), encoder, LIMIT)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -86,7 +86,7 @@ def test_ndcg_is_that_of_the_formula(golden, encoder, embedder):  # noqa: ANN001
     assert evaluate(embedder, [held_out]) == {"news nDCG@10": pytest.approx(expected, abs=1e-6)}
 
 
-def test_spearman_is_the_correlation_of_ranks(golden, encoder, embedder):  # noqa: ANN001
+def test_spearman_is_the_correlation_of_ranks(golden, encoder, embedder):
     path = golden / "data" / "questions.jsonl"
     (held_out,) = read_held_out(EvaluationSettings(sts=[path]), encoder, LIMIT)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -104,7 +104,7 @@ def test_spearman_is_the_correlation_of_ranks(golden, encoder, embedder):  # noq
 @pytest.mark.parametrize(
     ("text", "score", "message"), [("ok", [1.0], "same score"), ("", [0.5], r"held.jsonl:2: positives\[0\]")]
 )
-def test_held_out_data_that_cannot_be_used_is_told(text, score, message, encoder, tmp_path: Path):  # noqa: ANN001
+def test_held_out_data_that_cannot_be_used_is_told(text, score, message, encoder, tmp_path: Path):
     path = tmp_path / "held.jsonl"
     pair = {"task_type": "sts", "query": ["", "", "a text"], "positive_scores": [1.0]}
     lines = [pair | {"positives": [["", "", "ok"]]}, pair | {"positives": [["", "", text]], "positive_scores": score}]

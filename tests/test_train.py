@@ -21,7 +21,7 @@ STS = "data/questions.jsonl"
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):  # noqa: ANN001, ANN201
+def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
@@ -65,7 +65,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.parametrize("task", ["ir", "sts"])
-def test_trajectory_is_that_of_the_original(task, golden, tmp_path):  # noqa: ANN001
+def test_trajectory_is_that_of_the_original(task, golden, tmp_path):
     data = {"ir": [str(golden / IR)]} if task == "ir" else {"sts": [str(golden / STS)]}
     lines = run(settings_of(golden, tmp_path / "run", data=data), tmp_path)
     expected = json.loads((golden / f"trajectory_{task}.json").read_text())
@@ -81,7 +81,7 @@ def test_trajectory_is_that_of_the_original(task, golden, tmp_path):  # noqa: AN
 
 
 @pytest.fixture(scope="module")
-def both_tasks(golden, tmp_path_factory):  # noqa: ANN001, ANN201
+def both_tasks(golden, tmp_path_factory):
     """Settings and lines of a run of both tasks over two epochs, at learning rate 0, and what it logged."""
     folder = tmp_path_factory.mktemp("both")
     data = {"ir": [str(golden / IR)], "sts": [str(golden / STS)], "ir_global_batch_size": 8}
@@ -102,7 +102,7 @@ def both_tasks(golden, tmp_path_factory):  # noqa: ANN001, ANN201
     return folder / "run", lines, messages
 
 
-def test_it_compiles_once_a_task_and_shape(both_tasks):  # noqa: ANN001
+def test_it_compiles_once_a_task_and_shape(both_tasks):
     _, lines, messages = both_tasks
     met = {(line["task"], line["computed_tokens"]) for line in lines}
     first_epoch = {(line["task"], line["computed_tokens"]) for line in lines if line["epoch"] == 0}
@@ -111,7 +111,7 @@ def test_it_compiles_once_a_task_and_shape(both_tasks):  # noqa: ANN001
     assert len(compiled) == len(met) == 2
 
 
-def test_learning_rate_0_exports_the_weights_that_went_in(both_tasks, golden):  # noqa: ANN001
+def test_learning_rate_0_exports_the_weights_that_went_in(both_tasks, golden):
     folder, _, _ = both_tasks
     came, went = (load_file(path / "model.safetensors") for path in (golden / "youtu_tiny", folder / "export"))
     assert came.keys() == went.keys()
@@ -120,9 +120,9 @@ def test_learning_rate_0_exports_the_weights_that_went_in(both_tasks, golden):  
         assert weight.tobytes() == went[name].tobytes(), name
 
 
-def test_a_run_leaves_what_it_promises(both_tasks):  # noqa: ANN001
+def test_a_run_leaves_what_it_promises(both_tasks):
     folder, lines, _ = both_tasks
-    names = {"config.yaml", "metrics.jsonl", "evaluation.json", "checkpoints", "tensorboard", "export"}
+    names = {"config.yaml", "inputs.json", "metrics.jsonl", "evaluation.json", "checkpoints", "tensorboard", "export"}
     assert {path.name for path in folder.iterdir()} == names
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4"]
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -141,14 +141,14 @@ def test_a_run_leaves_what_it_promises(both_tasks):  # noqa: ANN001
     assert sum(map(len, (board["ir/loss"], board["sts/loss"]))) == len(lines)
 
 
-def test_sts_loss_is_the_weighted_sum_of_its_parts(both_tasks):  # noqa: ANN001
+def test_sts_loss_is_the_weighted_sum_of_its_parts(both_tasks):
     for line in both_tasks[1]:
         if line["task"] == "sts":
             total = line["mid_info_nce"] + 2 * line["pearson"] + 5 * line["rank_kl"] + 0.5 * line["pro"]
             assert line["loss"] == pytest.approx(total, rel=1e-6)
 
 
-def test_held_out_figures_are_those_of_an_unchanged_model(both_tasks):  # noqa: ANN001
+def test_held_out_figures_are_those_of_an_unchanged_model(both_tasks):
     figures = json.loads((both_tasks[0] / "evaluation.json").read_text())
     assert figures["before"] == figures["after"]
     assert figures["before"].keys() == {"news nDCG@10", "questions Spearman"}
@@ -192,7 +192,7 @@ MODEL_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MODEL_MISTAKES)
-def test_a_model_that_cannot_be_used_is_told(mistake, golden, tmp_path):  # noqa: ANN001
+def test_a_model_that_cannot_be_used_is_told(mistake, golden, tmp_path):
     spoil, message = MODEL_MISTAKES[mistake]
     folder = copy_model(golden, tmp_path / "model")
     spoil(folder)
@@ -207,14 +207,14 @@ DATA_MISTAKES = {
     "wrong score": ({"task_type": "sts", "positive_scores": ["high"]}, {}, r"data.jsonl:1: positive_scores\[0\]"),
     "empty text": ({"query": ["a", "", " : "]}, {}, "data.jsonl:1: query: the text is empty"),
     "wrong task": ({"task_type": "sts", "positive_scores": [1.0]}, {}, "move it from data.ir to data.sts"),
-    "too small": ({}, {}, "data: 1 examples, data.ir_global_batch_size is 8"),
+    "too small": ({}, {}, "data.jsonl: 1 examples, data.ir_global_batch_size is 8"),
     "odd batch": ({}, {"ir_global_batch_size": 12}, "data.ir_global_batch_size 12 must be a multiple of 8"),
     "unknown setting": ({}, {"ir_batch": 12}, "settings.yaml:4: data.ir_batch: there is no such setting"),
 }
 
 
 @pytest.mark.parametrize("mistake", DATA_MISTAKES)
-def test_data_that_cannot_be_used_is_told(mistake, golden, tmp_path):  # noqa: ANN001
+def test_data_that_cannot_be_used_is_told(mistake, golden, tmp_path):
     changes, data, message = DATA_MISTAKES[mistake]
     path = tmp_path / "data.jsonl"
     if changes is not None:
@@ -225,7 +225,7 @@ def test_data_that_cannot_be_used_is_told(mistake, golden, tmp_path):  # noqa: A
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_ends_the_program_with_2_and_one_message(tmp_path, capsys):  # noqa: ANN001
+def test_a_mistake_ends_the_program_with_2_and_one_message(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_program(lambda: main(["--config", str(tmp_path / "absent.yaml")]))
     assert exit_.value.code == 2
@@ -235,7 +235,7 @@ def test_a_mistake_ends_the_program_with_2_and_one_message(tmp_path, capsys):  #
     assert "Traceback" not in error
 
 
-def test_chunks_take_the_same_steps(golden, tmp_path):  # noqa: ANN001
+def test_chunks_take_the_same_steps(golden, tmp_path):
     data = {"ir": [str(golden / IR)], "ir_global_batch_size": 8}
     expected = json.loads((golden / "trajectory_ir.json").read_text())
     # Eight devices hold a query each, so chunks need a mesh that puts more on one.

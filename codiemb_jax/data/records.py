@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,11 @@ class Triple(NamedTuple):
     task: str
     instance: str
     text: str
+
+    @classmethod
+    def of(cls, task: str, instance: str, text: str) -> "Triple":
+        """Strips the parts."""
+        return cls(*(part.strip("\t\n :") for part in (task, instance, text)))
 
 
 NOTHING = Triple("", "", "")
@@ -67,6 +73,9 @@ def find_files(paths: Sequence[Path], setting: str) -> list[Path]:
             problems.append(f"{path}: expected a .json or .jsonl file, one JSON object a line, or a folder")
         else:
             files.append(path)
+    problems += [
+        f"{file}: cannot be read; give yourself the right to" for file in files if not os.access(file, os.R_OK)
+    ]
     for file, times in Counter(file.resolve() for file in files).items():
         if times > 1:
             problems.append(f"{file}: listed {times} times; list each file once")
@@ -178,7 +187,7 @@ class _Line:
         if type(value) is not list or len(value) != 3 or not all(isinstance(part, str) for part in value):
             self._problem(field, _shown(value), TRIPLE)
             return NOTHING
-        triple = Triple(*(part.strip("\t\n :") for part in value))
+        triple = Triple.of(*value)
         try:
             "".join(triple).encode()
         except UnicodeEncodeError:

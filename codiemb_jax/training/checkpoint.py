@@ -67,6 +67,11 @@ def _items(params: Params, untrained: Mapping[str, np.ndarray], blueprint: Bluep
     return items
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run's folder of checkpoints holds a complete one: unfinished ones have longer names."""
+    return any(child.name.isdigit() for child in folder.glob("*"))
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is one checkpoint of ours."""
     return (folder / "blueprint").is_dir() and (folder / "params").is_dir()

@@ -40,7 +40,7 @@ class MetricsLog:
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=self._console,
+            console=self._console, speed_estimate_period=3600, 
         )  # fmt: skip
         self._task = self._progress.add_task("training", total=total, completed=done, shown="")
         self._progress.start()

@@ -209,8 +209,7 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path, encoder, cache):
     dead.wait()
     host = module.socket.gethostname().replace(".", "-")
     names = {
-        process: cache / f".{folder.name}.{host}.{process}.abc"
-        for process in (dead.pid, os.getpid(), os.getppid())
+        process: cache / f".{folder.name}.{host}.{process}.abc" for process in (dead.pid, os.getpid(), os.getppid())
     }
     elsewhere = cache / f".{folder.name}.another-host.{dead.pid}.abc"
     for leftover in (*names.values(), elsewhere):

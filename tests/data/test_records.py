@@ -225,9 +225,7 @@ FIELDS = st.sampled_from(list(ir_line()))
 @given(
     line=st.binary(max_size=30)
     | JSON_VALUES.map(lambda value: json.dumps(value).encode())
-    | st.dictionaries(FIELDS, JSON_VALUES, min_size=1).map(
-        lambda changes: json.dumps(ir_line(**changes)).encode()
-    ),
+    | st.dictionaries(FIELDS, JSON_VALUES, min_size=1).map(lambda changes: json.dumps(ir_line(**changes)).encode()),
     task=st.sampled_from(["ir", "sts"]),
 )
 def test_no_line_gives_anything_but_records_or_a_user_error(tmp_path, line, task):

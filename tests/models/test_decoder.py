@@ -54,12 +54,12 @@ def as_rows(tokens: np.ndarray, mask: np.ndarray) -> Rows:
     return Rows(*(x.astype(np.int32) for x in (tokens, positions, mask, mask)))
 
 
-def open_folder(path, attention: str):  # noqa: ANN001, ANN201
+def open_folder(path, attention: str):
     settings = ModelSettings(path=str(path), attention=attention, compute_dtype="float32")
     return open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
 
 
-def assert_same_hidden_states(folder, attention: str) -> None:  # noqa: ANN001
+def assert_same_hidden_states(folder, attention: str) -> None:
     """Every layer's hidden states within 1e-4 of transformers', in units of the token's largest where that is over 1.
 
     SmolLM2 has tokens with a state of 900, where float32 numbers lie 6e-5 apart; transformers' own float32 and
@@ -95,7 +95,7 @@ def assert_same_hidden_states(folder, attention: str) -> None:  # noqa: ANN001
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("name", MODELS)
-def test_hidden_states_are_those_of_transformers(name, attention, tmp_path, tokenizer_files):  # noqa: ANN001
+def test_hidden_states_are_those_of_transformers(name, attention, tmp_path, tokenizer_files):
     torch.manual_seed(0)
     MODELS[name]().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
@@ -103,12 +103,12 @@ def test_hidden_states_are_those_of_transformers(name, attention, tmp_path, toke
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_hidden_states_of_smollm2_are_those_of_transformers(attention, smollm2):  # noqa: ANN001
+def test_hidden_states_of_smollm2_are_those_of_transformers(attention, smollm2):
     assert_same_hidden_states(smollm2, attention)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, tokenizer_files):  # noqa: ANN001
+def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, tokenizer_files):
     torch.manual_seed(1)
     qwen3().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
@@ -136,14 +136,14 @@ def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, token
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_remat_changes_no_gradient(remat, tmp_path, tokenizer_files):  # noqa: ANN001
+def test_remat_changes_no_gradient(remat, tmp_path, tokenizer_files):
     torch.manual_seed(2)
     qwen3().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
     tokens, mask = random_tokens(300)
     rows = as_rows(tokens[1:3, :140], mask[1:3, :140])
 
-    def gradient(remat: str):  # noqa: ANN202
+    def gradient(remat: str):
         settings = ModelSettings(path=str(tmp_path), compute_dtype="float32", remat=remat)
         ours = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
         return jax.grad(lambda params: jnp.sum(embed(nnx.merge(ours.graph, params), rows)[:, :5]))(ours.load())
@@ -152,7 +152,7 @@ def test_remat_changes_no_gradient(remat, tmp_path, tokenizer_files):  # noqa: A
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_bfloat16_stays_close_to_float32(tmp_path, tokenizer_files):  # noqa: ANN001
+def test_bfloat16_stays_close_to_float32(tmp_path, tokenizer_files):
     torch.manual_seed(3)
     qwen3().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)

@@ -34,9 +34,7 @@ def looped_info_nce(queries, positives, negatives, own, comparable, present, tem
         per_k = []
         for k in range(positives.shape[1]):
             candidates = [query @ positives[e, k] for e in pool] + others
-            per_k.append(
-                log_sum_exp(np.array(candidates) / temperature) - query @ positives[own[i], k] / temperature
-            )
+            per_k.append(log_sum_exp(np.array(candidates) / temperature) - query @ positives[own[i], k] / temperature)
         losses.append(np.mean(per_k))
     return np.array(losses)
 
@@ -80,9 +78,7 @@ def test_info_nce_golden(case):
 
 @pytest.mark.parametrize("case", STS)
 def test_in_batch_info_nce_golden(case):
-    value, grads = compiled_in_batch(
-        GOLDEN[case + "/in0"], GOLDEN[case + "/in1"], GOLDEN[case + "/y"], 0.02, 1.0
-    )
+    value, grads = compiled_in_batch(GOLDEN[case + "/in0"], GOLDEN[case + "/in1"], GOLDEN[case + "/y"], 0.02, 1.0)
     assert_allclose(value, GOLDEN[case + "/loss"], rtol=1e-9, atol=1e-9)
     assert_allclose(grads[0], GOLDEN[case + "/grad0"], rtol=1e-9, atol=1e-9)
     assert_allclose(grads[1], GOLDEN[case + "/grad1"], rtol=1e-9, atol=1e-9)

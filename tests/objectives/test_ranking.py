@@ -88,17 +88,13 @@ def test_pearson_equals_scipy(pairs):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(lists(2, 5, 9), st.sampled_from([0.05, 1.0]))
 def test_rank_kl_equals_loops(pairs, temperature):
-    assert_allclose(
-        compiled_rank_kl(*pairs, temperature), looped_rank_kl(*pairs, temperature), rtol=1e-9, atol=1e-9
-    )
+    assert_allclose(compiled_rank_kl(*pairs, temperature), looped_rank_kl(*pairs, temperature), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(lists(1, 2, 5, 9), st.sampled_from([0.05, 1.0]))
 def test_pro_equals_loops(pairs, temperature):
-    assert_allclose(
-        compiled_pro(*pairs, temperature), looped_pro(*pairs, temperature), rtol=1e-9, atol=1e-9
-    )
+    assert_allclose(compiled_pro(*pairs, temperature), looped_pro(*pairs, temperature), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -134,8 +134,7 @@ def test_ir_pools_are_separate_losses():
         pools = [slice(i, i + size) for i in range(0, B, size)]
         by_example = passages.reshape(B, width, DIM)
         losses = [
-            ir_objective(queries[p], by_example[p].reshape(-1, DIM), present[p], settings=settings)[0]
-            for p in pools
+            ir_objective(queries[p], by_example[p].reshape(-1, DIM), present[p], settings=settings)[0] for p in pools
         ]
         return sum(losses) / len(losses)
 
@@ -155,9 +154,7 @@ def test_sts_lists_are_separate_losses():
         "pearson": np.mean([pearson(similarity[i], scores[i]) for i in lists]),
         "rank_kl": np.mean([rank_kl(similarity[i], scores[i], 0.05) for i in lists]),
         "pro": np.mean([pro(similarity[i], scores[i], 0.05) for i in lists]),
-        "mid_info_nce": np.mean(
-            [in_batch_info_nce(middle[0][i], middle[1][i], scores[i], 0.02, 1.0) for i in lists]
-        ),
+        "mid_info_nce": np.mean([in_batch_info_nce(middle[0][i], middle[1][i], scores[i], 0.02, 1.0) for i in lists]),
     }
     assert_same(parts, expected)
     assert_allclose(
@@ -232,9 +229,7 @@ def test_weights_and_thresholds_come_from_the_settings():
     loss, parts = sts(settings, first, second, tuple(middle), scores)
     similarity = np.sum(first * second, axis=1)
     halves = [slice(0, 12), slice(12, 24)]
-    assert_allclose(
-        parts["rank_kl"], np.mean([rank_kl(similarity[i], scores[i], 0.2) for i in halves]), rtol=1e-12
-    )
+    assert_allclose(parts["rank_kl"], np.mean([rank_kl(similarity[i], scores[i], 0.2) for i in halves]), rtol=1e-12)
     assert_allclose(parts["pro"], np.mean([pro(similarity[i], scores[i], 0.2) for i in halves]), rtol=1e-12)
     nce = [in_batch_info_nce(middle[0][i], middle[1][i], scores[i], 0.1, 0.5) for i in halves]
     assert_allclose(parts["mid_info_nce"], np.mean(nce), rtol=1e-12)

@@ -20,7 +20,7 @@ from codiemb_jax.training.step import make_step
 STEPS = 10
 
 
-def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:  # noqa: ANN001
+def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:
     return Settings.model_validate(
         {
             "output_dir": "unused",
@@ -38,7 +38,7 @@ def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:
     )  # fmt: skip
 
 
-def run(settings: Settings, devices: int, cache) -> list[dict[str, float]]:  # noqa: ANN001
+def run(settings: Settings, devices: int, cache) -> list[dict[str, float]]:
     """Loss and gradient norm of every step."""
     mesh = make_mesh(settings.mesh, jax.devices()[:devices])
     model = open_model(settings.model, settings.prompt, mesh)
@@ -65,12 +65,12 @@ def run(settings: Settings, devices: int, cache) -> list[dict[str, float]]:  # n
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):  # noqa: ANN001, ANN201
+def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
-def one_device(golden, cache):  # noqa: ANN001, ANN201
+def one_device(golden, cache):
     """The run on a single device, by pool size."""
     return {pool: run(settings_of(golden, 1, pool), 1, cache) for pool in (None, 2)}
 
@@ -91,7 +91,7 @@ def one_device(golden, cache):  # noqa: ANN001, ANN201
     ],
     ids=lambda value: json.dumps(value).replace('"', ""),
 )
-def test_any_number_of_devices_takes_the_same_steps(devices, chunks, pool, mesh, golden, cache, one_device):  # noqa: ANN001
+def test_any_number_of_devices_takes_the_same_steps(devices, chunks, pool, mesh, golden, cache, one_device):
     found = run(settings_of(golden, chunks, pool, **mesh), devices, cache)
     expected = one_device[pool]
     assert [line["task"] for line in found] == [line["task"] for line in expected]
@@ -101,6 +101,6 @@ def test_any_number_of_devices_takes_the_same_steps(devices, chunks, pool, mesh,
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if number == 0 else 5e-4), (number, name)
 
 
-def test_pools_are_a_matter_of_the_settings(one_device):  # noqa: ANN001
+def test_pools_are_a_matter_of_the_settings(one_device):
     whole, pooled = (next(line["loss"] for line in one_device[pool] if line["task"] == "ir") for pool in (None, 2))
     assert pooled < 0.9 * whole  # fewer candidates, smaller loss

@@ -49,7 +49,7 @@ def lines_of(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, golden):  # noqa: ANN001, ANN201
+def runs(tmp_path_factory, golden):
     """Output folders of an undisturbed run, and of one killed three times."""
     folder = tmp_path_factory.mktemp("resume")
     configs = {}
@@ -71,25 +71,25 @@ def runs(tmp_path_factory, golden):  # noqa: ANN001, ANN201
     return folder, output
 
 
-def test_metrics_are_those_of_an_undisturbed_run(runs) -> None:  # noqa: ANN001
+def test_metrics_are_those_of_an_undisturbed_run(runs) -> None:
     folder, _ = runs
     expected = lines_of(folder / "undisturbed" / "metrics.jsonl")
     assert [line["step"] for line in expected] == list(range(STEPS))
     assert lines_of(folder / "killed" / "metrics.jsonl") == expected
 
 
-def test_weights_are_those_of_an_undisturbed_run(runs) -> None:  # noqa: ANN001
+def test_weights_are_those_of_an_undisturbed_run(runs) -> None:
     folder, _ = runs
     exports = [(folder / name / "export" / "model.safetensors").read_bytes() for name in ("undisturbed", "killed")]
     assert exports[0] == exports[1]
 
 
-def test_it_did_continue(runs) -> None:  # noqa: ANN001
+def test_it_did_continue(runs) -> None:
     _, output = runs
     assert "continuing from step" in output
 
 
-def test_a_finished_run_stays_as_it_is(runs) -> None:  # noqa: ANN001
+def test_a_finished_run_stays_as_it_is(runs) -> None:
     folder, _ = runs
     metrics = folder / "undisturbed" / "metrics.jsonl"
     before = metrics.read_text()
@@ -97,7 +97,7 @@ def test_a_finished_run_stays_as_it_is(runs) -> None:  # noqa: ANN001
     assert metrics.read_text() == before
 
 
-def test_other_settings_do_not_continue_a_run(runs) -> None:  # noqa: ANN001
+def test_other_settings_do_not_continue_a_run(runs) -> None:
     folder, _ = runs
     other = folder / "other.yaml"
     other.write_text((folder / "undisturbed.yaml").read_text().replace("1.0e-3", "2.0e-3"))
