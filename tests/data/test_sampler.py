@@ -139,13 +139,6 @@ def test_another_seed_is_another_order():
     assert by_example[0] != by_example[1]
 
 
-def test_a_data_set_alone_is_shuffled_as_beside_others():
-    """Not promised, but a data set at the same place must not depend on how many follow it."""
-    together = [examples for source, examples in order(make_plan(), 0) if source == 0]
-    alone = [examples for _, examples in order(make_plan(sources=SOURCES[:1]), 0)]
-    assert sorted(together) == sorted(alone)
-
-
 def assert_fair(chosen: list[int], first: int, count: int, wanted: int) -> None:
     """`chosen` are `wanted` of `count` texts numbered from `first`, each used once before any repeats."""
     assert len(chosen) == wanted

@@ -38,8 +38,8 @@ def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:
     )  # fmt: skip
 
 
-def run(settings: Settings, devices: int, cache) -> list[dict[str, float]]:
-    """Loss and gradient norm of every step."""
+def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]], int]:
+    """Loss and gradient norm of every step, with its shape, and how many programs were compiled."""
     mesh = make_mesh(settings.mesh, jax.devices()[:devices])
     model = open_model(settings.model, settings.prompt, mesh)
     encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
@@ -60,8 +60,10 @@ def run(settings: Settings, devices: int, cache) -> list[dict[str, float]]:
         step = make_step(model.graph, optimizer, schedule, settings, mesh, layout)
         for step_plan, batch in batches(plan, data_sets, by_row(mesh), start=0, stop=STEPS):
             state, metrics = step(state, np.int32(step_plan.number), batch)
-            lines.append({"task": step_plan.task, **{name: float(metrics[name]) for name in ("loss", "grad_norm")}})
-    return lines
+            values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+            shape = (step_plan.query_row, step_plan.passage_row)
+            lines.append({"task": step_plan.task, "epoch": step_plan.epoch, "shape": shape, **values})
+    return lines, step._cache_size()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_device(golden, cache):
     """The run on a single device, by pool size."""
-    return {pool: run(settings_of(golden, 1, pool), 1, cache) for pool in (None, 2)}
+    return {pool: run(settings_of(golden, 1, pool), 1, cache)[0] for pool in (None, 2)}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def one_device(golden, cache):
     ids=lambda value: json.dumps(value).replace('"', ""),
 )
 def test_any_number_of_devices_takes_the_same_steps(devices, chunks, pool, mesh, golden, cache, one_device):
-    found = run(settings_of(golden, chunks, pool, **mesh), devices, cache)
+    found, _ = run(settings_of(golden, chunks, pool, **mesh), devices, cache)
     expected = one_device[pool]
     assert [line["task"] for line in found] == [line["task"] for line in expected]
     assert {line["task"] for line in found} == {"ir", "sts"}
@@ -104,3 +106,14 @@ def test_any_number_of_devices_takes_the_same_steps(devices, chunks, pool, mesh,
 def test_pools_are_a_matter_of_the_settings(one_device):
     whole, pooled = (next(line["loss"] for line in one_device[pool] if line["task"] == "ir") for pool in (None, 2))
     assert pooled < 0.9 * whole  # fewer candidates, smaller loss
+
+
+def test_it_compiles_once_a_task_and_shape(golden, cache):
+    settings = settings_of(golden, 1, None)
+    # Small batches of texts of many lengths: several shapes a task.
+    data = settings.data.model_copy(update={"ir_global_batch_size": 2, "sts_global_batch_size": 4})
+    lines, compiled = run(settings.model_copy(update={"data": data}), 1, cache)
+    met = {(line["task"], line["shape"]) for line in lines}
+    assert compiled == len(met)
+    assert len(met) > 2
+    assert len(met) < len(lines)

@@ -1,0 +1,413 @@
+"""HF -> Orbax -> HF: the same weights, and a folder that others load to the same ids and vectors."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3Model
+
+from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
+from codiemb_jax.data.prompts import PromptEncoder
+from codiemb_jax.data.records import Triple
+from codiemb_jax.errors import UserError
+from codiemb_jax.models.blueprint import Blueprint
+from codiemb_jax.training.checkpoint import restore_blueprint, save_model
+from codiemb_jax.training.mesh import make_mesh
+from codiemb_jax.training.model import open_model
+from convert.hf_to_orbax import main as hf_to_orbax
+from convert.orbax_to_hf import main as orbax_to_hf
+from convert.orbax_to_hf import open_checkpoint
+from convert.verify import verify
+
+TINY = {
+    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 1024, "initializer_range": 0.2,
+}  # fmt: skip
+QUERY = "Instruction: Given a search query, retrieve passages that answer the question Query: "
+SENTENCE = "The committee of the town met on Monday to hear what the engineers say about the new bridge. "
+TEXTS = [
+    "Paris is the capital of France.",
+    "How do plants make sugar out of light, water and air?",
+    SENTENCE * 8,  # about 500 tokens
+    "A",
+    "Who wrote the book that was read by everyone in the year 1924?",
+]
+MARK = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nraise RuntimeError('it was run')\n"
+KINDS = ("utu", "qwen3", "llama")
+
+
+def write_model(folder: Path, kind: str) -> None:
+    """A random model: utu in float32 with remote code, Qwen3 in bfloat16, Llama with GQA and a head of its own."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1.6e6}
+    if kind == "llama":
+        config = LlamaConfig(
+            **TINY, num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters=rope, tie_word_embeddings=False
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    else:
+        heads = {"utu": 4, "qwen3": 2}[kind]
+        config = Qwen3Config(**TINY, num_key_value_heads=heads, head_dim=16, rms_norm_eps=1e-6, rope_parameters=rope)
+        model = Qwen3Model(config)
+        for name, weight in model.named_parameters():
+            if "norm" in name:  # all ones otherwise
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+        model.to(torch.bfloat16 if kind == "qwen3" else torch.float32).save_pretrained(folder)
+    if kind == "utu":
+        as_utu(folder)
+
+
+def as_utu(folder: Path) -> None:
+    """Turns the saved Qwen3 into a utu checkpoint as it is published: other type, remote code, transformers 4 keys."""
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                **TINY,
+                "num_key_value_heads": 4,
+                "head_dim": 16,
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 1.6e6,
+                "rope_scaling": None,
+                "hidden_act": "silu",
+                "model_type": "utu",
+                "architectures": ["UTUModel"],
+                "auto_map": {"AutoConfig": "configuration_utu.UTUConfig", "AutoModel": "modeling_utu.UTUModel"},
+                "mlp_bias": False,
+                "attention_bias": False,
+                "pretraining_tp": 1,
+                "torch_dtype": "float32",
+                "transformers_version": "4.51.3",
+            }
+        )
+    )
+    (folder / "modeling_utu.py").write_text(MARK)
+    (folder / "configuration_utu.py").write_bytes(MARK.encode() + b"# \xe4\xb8\xad\r\n")
+
+
+def ran(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.ran"))
+
+
+class Converted:
+    """A model, its Orbax checkpoint, and the stock folder made of that."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind = folder, kind
+        self.model, self.checkpoint, self.export = folder / "model", folder / "orbax", folder / "export"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def converted(request, tmp_path_factory, tokenizer_files) -> Converted:
+    made = Converted(tmp_path_factory.mktemp(request.param), request.param)
+    write_model(made.model, request.param)
+    tokenizer_files(made.model)
+    hf_to_orbax(["--model", str(made.model), "--output", str(made.checkpoint)])
+    orbax_to_hf(
+        ["--checkpoint", str(made.checkpoint), "--output", str(made.export), "--architecture", "stock", "--verify"]
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def utu(tmp_path_factory, tokenizer_files) -> Path:
+    """A folder with a utu model and its checkpoint."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_model(folder / "model", "utu")
+    tokenizer_files(folder / "model")
+    hf_to_orbax(["--model", str(folder / "model"), "--output", str(folder / "orbax")])
+    return folder
+
+
+def load_all(folder: Path) -> dict[str, np.ndarray]:
+    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    found_weights, expected_weights = load_all(found), load_all(expected)
+    assert found_weights.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        assert found_weights[name].dtype == weight.dtype, name
+        assert found_weights[name].shape == weight.shape, name
+        assert found_weights[name].tobytes() == weight.tobytes(), name
+
+
+def sentence_transformer(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(
+        str(folder), device="cpu", trust_remote_code=False, local_files_only=True, model_kwargs={"dtype": "float32"}
+    )
+
+
+def reference(
+    export: Path, source: Path, texts: Sequence[str], prompt: str = "", end: str = "", limit: int = 10**6
+) -> np.ndarray:
+    """Vectors by transformers, the source's own tokenizer, and a mean over what follows the prompt's characters."""
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    encoded = [tokenizer.encode(prompt + text + end, add_special_tokens=False) for text in texts]
+    ends = tokenizer.encode(end, add_special_tokens=False).ids
+    ids = [e.ids if len(e.ids) <= limit else e.ids[: limit - len(ends)] + ends for e in encoded]
+    starts = [sum(stop <= len(prompt) for _, stop in e.offsets) for e in encoded]
+    tokens = np.zeros((len(texts), max(map(len, ids))), np.int64)
+    mask = np.zeros_like(tokens)
+    for row, text in enumerate(ids):
+        tokens[row, : len(text)], mask[row, : len(text)] = text, 1
+    model = AutoModel.from_pretrained(export, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        hidden = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).last_hidden_state.numpy()
+    vectors = np.stack(
+        [hidden[row, start : len(text)].mean(axis=0) for row, (start, text) in enumerate(zip(starts, ids, strict=True))]
+    )
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def assert_same_vectors(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    cosines = np.sum(found * expected, axis=1)
+    assert cosines.min() > 0.99999, cosines
+
+
+def test_weights_are_those_of_the_model(converted):
+    assert_same_weights(converted.export, converted.model)
+
+
+def test_config_is_that_of_the_model_but_for_its_attention(converted):
+    came, went = (json.loads((folder / "config.json").read_text()) for folder in (converted.model, converted.export))
+    assert went.pop("is_causal") is False
+    assert went.pop("use_bidirectional_attention") is True
+    if converted.kind == "utu":
+        assert went.pop("layer_types") == ["full_attention"] * 3
+        assert went.pop("use_sliding_window") is False
+        assert went.pop("model_type") == "qwen3"
+        assert went.pop("architectures") == ["Qwen3Model"]
+        for name in ("auto_map", "model_type", "architectures"):
+            del came[name]
+    assert went == came
+    assert "auto_map" not in went
+
+
+def test_the_folder_says_what_sentence_transformers_and_tei_read(converted):
+    def read(name: str):
+        return json.loads((converted.export / name).read_text())
+
+    assert [(m["idx"], m["name"], m["path"], m["type"]) for m in read("modules.json")] == [
+        (0, "0", "", "sentence_transformers.models.Transformer"),
+        (1, "1", "1_Pooling", "sentence_transformers.models.Pooling"),
+        (2, "2", "2_Normalize", "sentence_transformers.models.Normalize"),
+    ]
+    assert read("1_Pooling/config.json") == {
+        "word_embedding_dimension": 48,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+        "pooling_mode_lasttoken": False,
+        "include_prompt": False,
+    }
+    assert read("config_sentence_transformers.json")["prompts"] == {"query": QUERY, "document": ""}
+    assert read("sentence_bert_config.json")["max_seq_length"] == 1024
+    assert read("tokenizer_config.json")["model_max_length"] == 1024
+    assert list(converted.export.rglob("*.py")) == []
+    assert ran(converted.folder) == []
+
+
+def test_sentence_transformers_makes_the_same_vectors(converted):
+    model = sentence_transformer(converted.export)
+    assert model.prompts == {"query": QUERY, "document": ""}
+    assert model.max_seq_length == 1024
+    assert model.get_embedding_dimension() == 48
+    assert 450 < model.preprocess([TEXTS[2]])["input_ids"].shape[1] < 700
+    queries, documents = model.encode_query(TEXTS), model.encode_document(TEXTS)
+    assert_same_vectors(queries, reference(converted.export, converted.model, TEXTS, QUERY))
+    assert_same_vectors(documents, reference(converted.export, converted.model, TEXTS))
+    assert np.abs(queries - documents).max() > 0.01  # the prompt does something
+    for i, text in enumerate(TEXTS):  # no padding
+        assert_same_vectors(model.encode_query([text]), queries[i : i + 1])
+    np.testing.assert_allclose(model.similarity(queries, queries).diagonal(), 1, atol=1e-5)
+
+
+def first_token_sees_the_last(folder: Path) -> bool:
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    with torch.no_grad():
+        hidden = model(tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+    return bool((hidden[0, 0] - hidden[1, 0]).abs().max() > 1e-3)
+
+
+def test_attention_is_bidirectional(converted):
+    assert first_token_sees_the_last(converted.export)
+
+
+def make_checkpoint(folder: Path, output: Path, prompt: PromptSettings, max_tokens: int | None = None, **settings):
+    """A checkpoint as a run leaves it: with prompts, attention and lengths of its own."""
+    model = open_model(ModelSettings(path=str(folder), **settings), prompt, make_mesh(MeshSettings()), max_tokens)
+    save_model(output, model.load(), model.load_untrained(), model.blueprint)
+
+
+def export(checkpoint: Path, output: Path) -> None:
+    orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(output), "--architecture", "stock", "--verify"])
+
+
+def encoder_of(blueprint: Blueprint) -> PromptEncoder:
+    return PromptEncoder(blueprint.tokenizer(), PromptSettings(**blueprint.prompt))
+
+
+def ids_of(model: SentenceTransformer, text: str, kind: str) -> list[int]:
+    return model.preprocess([text], prompt=model.prompts[kind] or None)["input_ids"][0].tolist()
+
+
+def test_special_tokens_at_both_ends(utu, tmp_path):
+    prompt = PromptSettings(
+        begin="<s>", query="{instruction}: ", passage="Passage: ", end="</s>", default_instruction="Find it"
+    )
+    make_checkpoint(utu / "model", tmp_path / "orbax", prompt, 96)
+    export(tmp_path / "orbax", tmp_path / "export")
+    model = sentence_transformer(tmp_path / "export")
+    assert model.prompts == {"query": "<s>Find it: ", "document": "<s>Passage: "}
+    assert model.max_seq_length == 96
+    encoder = encoder_of(restore_blueprint(tmp_path / "orbax"))
+    kinds = {"query": (encoder.encode_queries, "Find it"), "document": (encoder.encode_passages, "")}
+    for kind, (encode, instruction) in kinds.items():
+        for text, ours in zip(
+            TEXTS, encode([Triple(instruction, "", text.strip()) for text in TEXTS], 96), strict=True
+        ):
+            found = ids_of(model, text.strip(), kind)
+            assert found == ours.ids.tolist()
+            assert (found[0], found[-1]) == (0, 1)
+            assert len(found) <= 96
+    assert len(ids_of(model, TEXTS[2], "query")) == 96  # truncation keeps the end token
+    texts = [text.strip() for text in TEXTS]
+    source = utu / "model"
+    expected = reference(tmp_path / "export", source, texts, "<s>Find it: ", "</s>", 96)
+    assert_same_vectors(model.encode_query(texts), expected)
+    expected = reference(tmp_path / "export", source, texts, "<s>Passage: ", "</s>", 96)
+    assert_same_vectors(model.encode_document(texts), expected)
+
+
+def test_a_tokenizer_that_joins_the_prompts_blank_with_the_first_word(golden, tmp_path):
+    """The golden model's does, as most byte-level tokenizers do; the prompt alone has a token more there."""
+    source = golden / "youtu_tiny"
+    hf_to_orbax(["--model", str(source), "--output", str(tmp_path / "orbax")])
+    export(tmp_path / "orbax", tmp_path / "export")
+    assert_same_weights(tmp_path / "export", source)
+    model = sentence_transformer(tmp_path / "export")
+    texts = ["what is the capital of France", "How do plants make sugar out of light?", "the committee met " * 60]
+    encoder = encoder_of(restore_blueprint(tmp_path / "orbax"))
+    instruction = PromptSettings().default_instruction
+    for text, ours in zip(
+        texts, encoder.encode_queries([Triple(instruction, "", text.strip()) for text in texts], 2048), strict=True
+    ):
+        features = model.preprocess([text], prompt=model.prompts["query"])
+        assert features["input_ids"][0].tolist() == ours.ids.tolist()
+        assert features["prompt_length"] == ours.content
+    expected = reference(tmp_path / "export", source, [text.strip() for text in texts], QUERY)
+    assert_same_vectors(model.encode_query(texts), expected)
+
+
+def test_causal_attention(utu, tmp_path):
+    make_checkpoint(utu / "model", tmp_path / "orbax", PromptSettings(), attention="causal")
+    export(tmp_path / "orbax", tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["is_causal"] is True
+    assert config["use_bidirectional_attention"] is False
+    assert not first_token_sees_the_last(tmp_path / "export")
+    model = sentence_transformer(tmp_path / "export")
+    assert_same_vectors(model.encode_query(TEXTS), reference(tmp_path / "export", utu / "model", TEXTS, QUERY))
+
+
+def test_verify_finds_one_changed_weight(utu, tmp_path):
+    export(utu / "orbax", tmp_path / "export")
+    model = open_checkpoint(utu / "orbax")
+    path = tmp_path / "export" / "model.safetensors"
+    weights = load_file(path)
+    weights["layers.1.mlp.up_proj.weight"][3, 5] += 4
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="vectors differ: worst cosine 0.9"):
+        verify(tmp_path / "export", model)
+
+
+def test_verify_finds_attention_the_wrong_way(utu, tmp_path):
+    export(utu / "orbax", tmp_path / "export")
+    path = tmp_path / "export" / "config.json"
+    path.write_text(path.read_text().replace('"is_causal": false', '"is_causal": true'))
+    with pytest.raises(UserError, match="vectors differ"):
+        verify(tmp_path / "export", open_checkpoint(utu / "orbax"))
+
+
+def test_verify_finds_other_tokens(utu, tmp_path):
+    export(utu / "orbax", tmp_path / "export")
+    path = tmp_path / "export" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+    }
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="token ids differ"):
+        verify(tmp_path / "export", open_checkpoint(utu / "orbax"))
+
+
+def test_the_original_layout_keeps_the_code_and_never_runs_it(utu, tmp_path):
+    orbax_to_hf(["--checkpoint", str(utu / "orbax"), "--output", str(tmp_path / "export")])
+    source, written = utu / "model", tmp_path / "export"
+    came, went = (json.loads((folder / "config.json").read_text()) for folder in (source, written))
+    assert went["model_type"] == "utu"
+    assert went["auto_map"] == came["auto_map"]
+    assert went == came | {"is_causal": False, "use_bidirectional_attention": True}
+    for name in ("modeling_utu.py", "configuration_utu.py"):
+        assert (written / name).read_bytes() == (source / name).read_bytes()
+    assert_same_weights(written, source)
+    assert ran(utu) == ran(tmp_path) == []
+    # What was written is a model that is read again.
+    hf_to_orbax(["--model", str(written), "--output", str(tmp_path / "orbax")])
+    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "again")])
+    assert_same_weights(tmp_path / "again", source)
+    assert ran(tmp_path) == []
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_is_written_over(utu, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    for program, option, path in (
+        (hf_to_orbax, "--model", utu / "model"),
+        (orbax_to_hf, "--checkpoint", utu / "orbax"),
+    ):
+        with pytest.raises(UserError, match="there: already exists"):
+            program([option, str(path), "--output", str(tmp_path / "there")])
+    assert content_of(tmp_path) == {"there/file": b"mine"}
+
+
+def test_what_is_no_checkpoint_is_told(utu, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (utu / "model", tmp_path / "empty", tmp_path / "absent"):
+        with pytest.raises(UserError, match=f"{path} is not a checkpoint"):
+            orbax_to_hf(["--checkpoint", str(path), "--output", str(tmp_path / "export")])
+    assert not (tmp_path / "export").exists()
+
+
+def test_what_is_no_model_is_told(utu, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors not found|config\.json is missing"):
+        hf_to_orbax(["--model", str(tmp_path / "empty"), "--output", str(tmp_path / "orbax")])
+    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+        hf_to_orbax(["--model", str(tmp_path / "absent"), "--output", str(tmp_path / "orbax")])
+    assert not (tmp_path / "orbax").exists()
+
+
+def test_a_checkpoint_is_read_as_a_model(utu, tmp_path):
+    """`--model` takes an Orbax folder of ours as well; so does `model.path`."""
+    hf_to_orbax(["--model", str(utu / "orbax"), "--output", str(tmp_path / "orbax")])
+    export(tmp_path / "orbax", tmp_path / "export")
+    assert_same_weights(tmp_path / "export", utu / "model")
