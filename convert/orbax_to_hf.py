@@ -36,6 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--verify needs sentence-transformers: pip install sentence-transformers")
     model = open_checkpoint(options.checkpoint)
     stock = options.architecture == "stock"
+    config = model.blueprint.config
+    if options.verify and not stock and model.family.stock(config)["model_type"] != config["model_type"]:
+        raise UserError(
+            f"--verify: sentence-transformers would need the remote code of a {config['model_type']} model, which is "
+            "never run; add --architecture stock"
+        )
     write_export(options.output, model.load(), model.load_untrained(), model.blueprint, stock=stock)
     print(f"wrote {options.output}")
     if options.verify:

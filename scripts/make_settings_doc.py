@@ -39,7 +39,14 @@ Some settings must fit each other:
 - `mesh.data` x `mesh.fsdp` x `mesh.tensor` is the number of devices.
 - `data.query_max_tokens` and `data.passage_max_tokens` are at most the positions of the model.
 """
-NAMES = {str: "text", int: "whole number", float: "number", Path: "path", bool: "`true` or `false`", type(None): "`null`"}
+NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    Path: "path",
+    bool: "`true` or `false`",
+    type(None): "`null`",
+}
 PLURALS = {"path": "paths", "number": "numbers", "whole number": "whole numbers", "text": "texts"}
 COUNTS = {2: "two", 3: "three"}
 BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
@@ -49,7 +56,9 @@ def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """A type in plain words: `whole number, at least 1`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        inner = [part for entry in arguments[1:] for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+        inner = [
+            part for entry in arguments[1:] for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
+        ]
         return words(arguments[0], [*inner, *metadata])
     if origin is Literal:
         return " or ".join(f"`{shown(value)}`" for value in arguments) + (" only" if len(arguments) == 1 else "")

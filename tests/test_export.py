@@ -1,7 +1,9 @@
 """HF -> Orbax -> HF: the same weights, and a folder that others load to the same ids and vectors."""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +22,22 @@ from codiemb_jax.models.blueprint import Blueprint
 from codiemb_jax.training.checkpoint import restore_blueprint, save_model
 from codiemb_jax.training.mesh import make_mesh
 from codiemb_jax.training.model import open_model
+from convert import orbax_to_hf as program
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
 from convert.orbax_to_hf import open_checkpoint
 from convert.verify import verify
 
 TINY = {
-    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 1024, "initializer_range": 0.2,
+    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 640, "initializer_range": 0.2,
 }  # fmt: skip
 QUERY = "Instruction: Given a search query, retrieve passages that answer the question Query: "
 SENTENCE = "The committee of the town met on Monday to hear what the engineers say about the new bridge. "
 TEXTS = [
     "Paris is the capital of France.",
     "How do plants make sugar out of light, water and air?",
-    SENTENCE * 8,  # about 500 tokens
+    SENTENCE * 7,  # about 500 tokens
     "A",
     "Who wrote the book that was read by everyone in the year 1924?",
 ]
@@ -102,26 +105,34 @@ class Converted:
         self.model, self.checkpoint, self.export = folder / "model", folder / "orbax", folder / "export"
 
 
+@pytest.fixture(scope="module")
+def convert(tmp_path_factory, tokenizer_files) -> Callable[[str], Converted]:
+    """Converts a model of a kind there and back, once."""
+
+    @cache
+    def convert(kind: str) -> Converted:
+        made = Converted(tmp_path_factory.mktemp(kind), kind)
+        write_model(made.model, kind)
+        tokenizer_files(made.model)
+        hf_to_orbax(["--model", str(made.model), "--output", str(made.checkpoint)])
+        export(made.checkpoint, made.export)
+        return made
+
+    return convert
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def converted(request, tmp_path_factory, tokenizer_files) -> Converted:
-    made = Converted(tmp_path_factory.mktemp(request.param), request.param)
-    write_model(made.model, request.param)
-    tokenizer_files(made.model)
-    hf_to_orbax(["--model", str(made.model), "--output", str(made.checkpoint)])
-    orbax_to_hf(
-        ["--checkpoint", str(made.checkpoint), "--output", str(made.export), "--architecture", "stock", "--verify"]
-    )
-    return made
+def converted(request, convert) -> Converted:
+    return convert(request.param)
 
 
 @pytest.fixture(scope="module")
-def utu(tmp_path_factory, tokenizer_files) -> Path:
-    """A folder with a utu model and its checkpoint."""
-    folder = tmp_path_factory.mktemp("alone")
-    write_model(folder / "model", "utu")
-    tokenizer_files(folder / "model")
-    hf_to_orbax(["--model", str(folder / "model"), "--output", str(folder / "orbax")])
-    return folder
+def utu(convert) -> Converted:
+    return convert("utu")
+
+
+def export(checkpoint: Path, output: Path) -> None:
+    orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(output), "--architecture", "stock", "--verify"])
 
 
 def load_all(folder: Path) -> dict[str, np.ndarray]:
@@ -181,7 +192,7 @@ def test_config_is_that_of_the_model_but_for_its_attention(converted):
     assert went.pop("is_causal") is False
     assert went.pop("use_bidirectional_attention") is True
     if converted.kind == "utu":
-        assert went.pop("layer_types") == ["full_attention"] * 3
+        assert went.pop("layer_types") == ["full_attention"] * 2
         assert went.pop("use_sliding_window") is False
         assert went.pop("model_type") == "qwen3"
         assert went.pop("architectures") == ["Qwen3Model"]
@@ -211,8 +222,8 @@ def test_the_folder_says_what_sentence_transformers_and_tei_read(converted):
         "include_prompt": False,
     }
     assert read("config_sentence_transformers.json")["prompts"] == {"query": QUERY, "document": ""}
-    assert read("sentence_bert_config.json")["max_seq_length"] == 1024
-    assert read("tokenizer_config.json")["model_max_length"] == 1024
+    assert read("sentence_bert_config.json")["max_seq_length"] == 640
+    assert read("tokenizer_config.json")["model_max_length"] == 640
     assert list(converted.export.rglob("*.py")) == []
     assert ran(converted.folder) == []
 
@@ -220,9 +231,9 @@ def test_the_folder_says_what_sentence_transformers_and_tei_read(converted):
 def test_sentence_transformers_makes_the_same_vectors(converted):
     model = sentence_transformer(converted.export)
     assert model.prompts == {"query": QUERY, "document": ""}
-    assert model.max_seq_length == 1024
+    assert model.max_seq_length == 640
     assert model.get_embedding_dimension() == 48
-    assert 450 < model.preprocess([TEXTS[2]])["input_ids"].shape[1] < 700
+    assert 450 < model.preprocess([TEXTS[2]])["input_ids"].shape[1] < 580
     queries, documents = model.encode_query(TEXTS), model.encode_document(TEXTS)
     assert_same_vectors(queries, reference(converted.export, converted.model, TEXTS, QUERY))
     assert_same_vectors(documents, reference(converted.export, converted.model, TEXTS))
@@ -250,10 +261,6 @@ def make_checkpoint(folder: Path, output: Path, prompt: PromptSettings, max_toke
     save_model(output, model.load(), model.load_untrained(), model.blueprint)
 
 
-def export(checkpoint: Path, output: Path) -> None:
-    orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(output), "--architecture", "stock", "--verify"])
-
-
 def encoder_of(blueprint: Blueprint) -> PromptEncoder:
     return PromptEncoder(blueprint.tokenizer(), PromptSettings(**blueprint.prompt))
 
@@ -266,7 +273,7 @@ def test_special_tokens_at_both_ends(utu, tmp_path):
     prompt = PromptSettings(
         begin="<s>", query="{instruction}: ", passage="Passage: ", end="</s>", default_instruction="Find it"
     )
-    make_checkpoint(utu / "model", tmp_path / "orbax", prompt, 96)
+    make_checkpoint(utu.model, tmp_path / "orbax", prompt, 96)
     export(tmp_path / "orbax", tmp_path / "export")
     model = sentence_transformer(tmp_path / "export")
     assert model.prompts == {"query": "<s>Find it: ", "document": "<s>Passage: "}
@@ -283,25 +290,24 @@ def test_special_tokens_at_both_ends(utu, tmp_path):
             assert len(found) <= 96
     assert len(ids_of(model, TEXTS[2], "query")) == 96  # truncation keeps the end token
     texts = [text.strip() for text in TEXTS]
-    source = utu / "model"
-    expected = reference(tmp_path / "export", source, texts, "<s>Find it: ", "</s>", 96)
+    expected = reference(tmp_path / "export", utu.model, texts, "<s>Find it: ", "</s>", 96)
     assert_same_vectors(model.encode_query(texts), expected)
-    expected = reference(tmp_path / "export", source, texts, "<s>Passage: ", "</s>", 96)
+    expected = reference(tmp_path / "export", utu.model, texts, "<s>Passage: ", "</s>", 96)
     assert_same_vectors(model.encode_document(texts), expected)
 
 
 def test_a_tokenizer_that_joins_the_prompts_blank_with_the_first_word(golden, tmp_path):
     """The golden model's does, as most byte-level tokenizers do; the prompt alone has a token more there."""
     source = golden / "youtu_tiny"
-    hf_to_orbax(["--model", str(source), "--output", str(tmp_path / "orbax")])
+    make_checkpoint(source, tmp_path / "orbax", PromptSettings(), 256)
     export(tmp_path / "orbax", tmp_path / "export")
     assert_same_weights(tmp_path / "export", source)
     model = sentence_transformer(tmp_path / "export")
-    texts = ["what is the capital of France", "How do plants make sugar out of light?", "the committee met " * 60]
+    texts = ["what is the capital of France", "How do plants make sugar out of light?", "the committee met " * 25]
     encoder = encoder_of(restore_blueprint(tmp_path / "orbax"))
     instruction = PromptSettings().default_instruction
     for text, ours in zip(
-        texts, encoder.encode_queries([Triple(instruction, "", text.strip()) for text in texts], 2048), strict=True
+        texts, encoder.encode_queries([Triple(instruction, "", text.strip()) for text in texts], 256), strict=True
     ):
         features = model.preprocess([text], prompt=model.prompts["query"])
         assert features["input_ids"][0].tolist() == ours.ids.tolist()
@@ -311,38 +317,30 @@ def test_a_tokenizer_that_joins_the_prompts_blank_with_the_first_word(golden, tm
 
 
 def test_causal_attention(utu, tmp_path):
-    make_checkpoint(utu / "model", tmp_path / "orbax", PromptSettings(), attention="causal")
+    make_checkpoint(utu.model, tmp_path / "orbax", PromptSettings(), attention="causal")
     export(tmp_path / "orbax", tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["is_causal"] is True
     assert config["use_bidirectional_attention"] is False
     assert not first_token_sees_the_last(tmp_path / "export")
     model = sentence_transformer(tmp_path / "export")
-    assert_same_vectors(model.encode_query(TEXTS), reference(tmp_path / "export", utu / "model", TEXTS, QUERY))
+    assert_same_vectors(model.encode_query(TEXTS), reference(tmp_path / "export", utu.model, TEXTS, QUERY))
 
 
-def test_verify_finds_one_changed_weight(utu, tmp_path):
-    export(utu / "orbax", tmp_path / "export")
-    model = open_checkpoint(utu / "orbax")
-    path = tmp_path / "export" / "model.safetensors"
+def change_a_weight(export: Path) -> None:
+    path = export / "model.safetensors"
     weights = load_file(path)
     weights["layers.1.mlp.up_proj.weight"][3, 5] += 4
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="vectors differ: worst cosine 0.9"):
-        verify(tmp_path / "export", model)
 
 
-def test_verify_finds_attention_the_wrong_way(utu, tmp_path):
-    export(utu / "orbax", tmp_path / "export")
-    path = tmp_path / "export" / "config.json"
+def turn_attention(export: Path) -> None:
+    path = export / "config.json"
     path.write_text(path.read_text().replace('"is_causal": false', '"is_causal": true'))
-    with pytest.raises(UserError, match="vectors differ"):
-        verify(tmp_path / "export", open_checkpoint(utu / "orbax"))
 
 
-def test_verify_finds_other_tokens(utu, tmp_path):
-    export(utu / "orbax", tmp_path / "export")
-    path = tmp_path / "export" / "tokenizer.json"
+def append_a_token(export: Path) -> None:
+    path = export / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
@@ -351,13 +349,48 @@ def test_verify_finds_other_tokens(utu, tmp_path):
         "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
     }
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match="token ids differ"):
-        verify(tmp_path / "export", open_checkpoint(utu / "orbax"))
+
+
+def pool_the_prompt(export: Path) -> None:
+    path = export / "1_Pooling" / "config.json"
+    path.write_text(path.read_text().replace('"include_prompt": false', '"include_prompt": true'))
+
+
+def test_verify_accepts_what_was_exported(utu, capsys):
+    assert verify(utu.export, open_checkpoint(utu.checkpoint)) is True
+    assert "DIFFER" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil", [change_a_weight, turn_attention, append_a_token, pool_the_prompt])
+def test_verify_finds_what_is_wrong(spoil, utu, tmp_path, capsys):
+    folder = tmp_path / "export"
+    shutil.copytree(utu.export, folder)
+    before = content_of(folder)
+    spoil(folder)
+    assert content_of(folder) != before
+    assert verify(folder, open_checkpoint(utu.checkpoint)) is False
+    output = capsys.readouterr().out
+    assert "ids or vectors differ" in output
+    assert ("DIFFER" in output) == (spoil is append_a_token)
+
+
+def test_a_failed_verification_ends_the_program_as_an_error_of_ours(utu, tmp_path, monkeypatch):
+    original = program.write_export
+
+    def write_export(folder: Path, *arguments, **options) -> None:
+        original(folder, *arguments, **options)
+        change_a_weight(folder)
+
+    monkeypatch.setattr(program, "write_export", write_export)
+    with pytest.raises(SystemExit) as caught:
+        export(utu.checkpoint, tmp_path / "export")
+    assert "verification failed" in str(caught.value.code)  # a message: exit code 1
+    assert (tmp_path / "export" / "model.safetensors").is_file()
 
 
 def test_the_original_layout_keeps_the_code_and_never_runs_it(utu, tmp_path):
-    orbax_to_hf(["--checkpoint", str(utu / "orbax"), "--output", str(tmp_path / "export")])
-    source, written = utu / "model", tmp_path / "export"
+    orbax_to_hf(["--checkpoint", str(utu.checkpoint), "--output", str(tmp_path / "export")])
+    source, written = utu.model, tmp_path / "export"
     came, went = (json.loads((folder / "config.json").read_text()) for folder in (source, written))
     assert went["model_type"] == "utu"
     assert went["auto_map"] == came["auto_map"]
@@ -365,12 +398,19 @@ def test_the_original_layout_keeps_the_code_and_never_runs_it(utu, tmp_path):
     for name in ("modeling_utu.py", "configuration_utu.py"):
         assert (written / name).read_bytes() == (source / name).read_bytes()
     assert_same_weights(written, source)
-    assert ran(utu) == ran(tmp_path) == []
+    assert ran(utu.folder) == ran(tmp_path) == []
     # What was written is a model that is read again.
     hf_to_orbax(["--model", str(written), "--output", str(tmp_path / "orbax")])
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "again")])
     assert_same_weights(tmp_path / "again", source)
     assert ran(tmp_path) == []
+
+
+def test_what_needs_remote_code_is_not_verified(utu, tmp_path):
+    arguments = ["--checkpoint", str(utu.checkpoint), "--output", str(tmp_path / "export"), "--verify"]
+    with pytest.raises(UserError, match="add --architecture stock"):
+        orbax_to_hf(arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
@@ -380,18 +420,18 @@ def content_of(folder: Path) -> dict[str, bytes]:
 def test_nothing_is_written_over(utu, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
-    for program, option, path in (
-        (hf_to_orbax, "--model", utu / "model"),
-        (orbax_to_hf, "--checkpoint", utu / "orbax"),
+    for main, option, path in (
+        (hf_to_orbax, "--model", utu.model),
+        (orbax_to_hf, "--checkpoint", utu.checkpoint),
     ):
         with pytest.raises(UserError, match="there: already exists"):
-            program([option, str(path), "--output", str(tmp_path / "there")])
+            main([option, str(path), "--output", str(tmp_path / "there")])
     assert content_of(tmp_path) == {"there/file": b"mine"}
 
 
 def test_what_is_no_checkpoint_is_told(utu, tmp_path):
     (tmp_path / "empty").mkdir()
-    for path in (utu / "model", tmp_path / "empty", tmp_path / "absent"):
+    for path in (utu.model, tmp_path / "empty", tmp_path / "absent"):
         with pytest.raises(UserError, match=f"{path} is not a checkpoint"):
             orbax_to_hf(["--checkpoint", str(path), "--output", str(tmp_path / "export")])
     assert not (tmp_path / "export").exists()
@@ -408,6 +448,6 @@ def test_what_is_no_model_is_told(utu, tmp_path):
 
 def test_a_checkpoint_is_read_as_a_model(utu, tmp_path):
     """`--model` takes an Orbax folder of ours as well; so does `model.path`."""
-    hf_to_orbax(["--model", str(utu / "orbax"), "--output", str(tmp_path / "orbax")])
-    export(tmp_path / "orbax", tmp_path / "export")
-    assert_same_weights(tmp_path / "export", utu / "model")
+    hf_to_orbax(["--model", str(utu.checkpoint), "--output", str(tmp_path / "orbax")])
+    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
+    assert_same_weights(tmp_path / "export", utu.model)
