@@ -12,8 +12,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+# A busy machine is no fault of the code: neither a deadline nor "input generation is slow" fails a test.
+hypothesis.settings.register_profile(
+    "project", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("project")
 
 REPOSITORY = Path(__file__).parent.parent
 SENTENCES = [
