@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def run_steps(
     step = make_step(model.graph, optimizer, schedule, settings, mesh, layout)
     names = [data_set.name for data_set in data_sets]
     waiting: tuple[StepPlan, Metrics] | None = None  # a step's metrics are read while the next one runs
-    with MetricsLog(settings.output_dir, names, done, steps) as log:
+    # Whatever ends the loop, a checkpoint on its way to disk arrives there.
+    with closing(checkpoints), MetricsLog(settings.output_dir, names, done, steps) as log:
         for step_plan, batch in batches(plan, data_sets, by_row(mesh), start=done, stop=steps):
             state, metrics = step(state, np.int32(step_plan.number), batch)
             if waiting:
@@ -139,7 +141,6 @@ def run_steps(
                 log.flush()
                 waiting = None
                 checkpoints.save(done, state, untrained, model.blueprint)
-    checkpoints.close()
     return state.params
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -80,6 +81,17 @@ def test_trajectory_is_that_of_the_original(task, golden, tmp_path):
         assert line["tokens"] == golden_line["q_tokens"] + golden_line["p_tokens"] - missing
 
 
+class Messages(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
 @pytest.fixture(scope="module")
 def both_tasks(golden, tmp_path_factory):
     """Settings and lines of a run of both tasks over two epochs, at learning rate 0, and what it logged."""
@@ -89,17 +101,13 @@ def both_tasks(golden, tmp_path_factory):
     settings = settings_of(
         golden, folder / "run", data=data, evaluation=evaluation, optimizer={"max_steps": None, "epochs": 2}
     )
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    handler = Messages()
     logger = logging.getLogger("jax._src.dispatch")
     logger.addHandler(handler)
-    import jax
-
     with jax.log_compiles():
         lines = run(settings, folder, "--optimizer.learning_rate", "0")
     logger.removeHandler(handler)
-    return folder / "run", lines, messages
+    return folder / "run", lines, handler.texts
 
 
 def test_it_compiles_once_a_task_and_shape(both_tasks):

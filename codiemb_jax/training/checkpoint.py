@@ -45,13 +45,20 @@ class Checkpoints:
         self._manager.save(done, args=ocp.args.Composite(**items))
 
     def restore(self, done: int, abstract: TrainState) -> TrainState:
-        """The state after `done` steps, in the shapes, types and shardings of `abstract`."""
-        restored = self._manager.restore(
-            done,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params), optimizer=ocp.args.StandardRestore(abstract.opt_state)
-            ),
+        """The state after `done` steps, in the shapes, types and shardings of `abstract`.
+
+        UserError if the checkpoint is damaged.
+        """
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params), optimizer=ocp.args.StandardRestore(abstract.opt_state)
         )
+        try:
+            restored = self._manager.restore(done, args=items)
+        except Exception as error:  # Orbax raises plain Exception where a file cannot be read
+            raise UserError(
+                f"{self._manager.directory / str(done)}: the checkpoint cannot be read ({str(error)[:200]}); remove the "
+                "folder to continue from the checkpoint before it"
+            ) from error
         return TrainState(restored.params, restored.optimizer)
 
     def close(self) -> None:

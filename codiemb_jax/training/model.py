@@ -38,6 +38,8 @@ class ModelFolder:
     graph: Any
     abstract: Params
     """Shape, type and sharding of each parameter."""
+    untrained: list[str]
+    """Names in a Hugging Face folder of the weights that an encoder does not use."""
 
     def load(self) -> Params:
         """The parameters, each device reading its own part."""
@@ -51,8 +53,7 @@ class ModelFolder:
         if is_checkpoint(self.path):
             return restore_untrained(self.path)
         with WeightFiles(self.path) as files:
-            names = check_weights(files, self.family, self.blueprint.prefix, self.abstract)
-            return {name: files.read(name) for name in names}
+            return {name: files.read(name) for name in self.untrained}
 
 
 def open_model(
@@ -79,16 +80,17 @@ def open_model(
             "(vocab_size in config.json); a special token named in tokenizer_config.json must be one of tokenizer.json"
         )
     graph, abstract = abstract_model(config, settings, mesh)
+    untrained: list[str] = []
     if not is_checkpoint(path):
         with WeightFiles(path) as files:
-            check_weights(files, family, blueprint.prefix, abstract)
+            untrained = check_weights(files, family, blueprint.prefix, abstract)
     blueprint = replace(
         blueprint,
         max_tokens=max_tokens or config.max_positions,
         attention=settings.attention,
         prompt=prompt.model_dump(),
     )
-    return ModelFolder(path, blueprint, family, config, graph, abstract)
+    return ModelFolder(path, blueprint, family, config, graph, abstract, untrained)
 
 
 def _read_blueprint(folder: Path) -> Blueprint:

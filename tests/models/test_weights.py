@@ -351,7 +351,7 @@ def change_index(folder: Path, **weight_map: str) -> None:
     path.write_text(json.dumps({**index, "weight_map": index["weight_map"] | weight_map}))
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors"])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors"])
 def test_an_index_does_not_reach_out_of_its_folder(name, make, tmp_path):
     config = CONFIG | {"model_type": "llama"}
     weights = random_weights(config, ("F32",))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -106,3 +107,24 @@ def test_other_settings_do_not_continue_a_run(runs) -> None:
     assert process.returncode == 2
     assert "optimizer.learning_rate: 0.001 there, 0.002 now" in output
     assert "Traceback" not in output
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_serves(runs, tmp_path) -> None:
+    folder, _ = runs
+    shutil.copytree(folder / "undisturbed", tmp_path / "damaged")
+    config = tmp_path / "damaged.yaml"
+    undisturbed = (folder / "undisturbed.yaml").read_text()
+    config.write_text(undisturbed.replace(str(folder / "undisturbed"), str(tmp_path / "damaged")))
+    newest = tmp_path / "damaged" / "checkpoints" / str(STEPS)
+    max((newest / "params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()).write_bytes(b"")
+    process = start(config, folder / "cache")
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 2
+    assert f"error: {newest}: the checkpoint cannot be read" in output
+    shutil.rmtree(newest)
+    finish(start(config, folder / "cache"))
+    names = ("undisturbed", "damaged")
+    lines, again = (
+        lines_of(parent / name / "metrics.jsonl") for parent, name in zip((folder, tmp_path), names, strict=True)
+    )
+    assert again == lines
