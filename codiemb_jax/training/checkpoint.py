@@ -56,8 +56,8 @@ class Checkpoints:
             restored = self._manager.restore(done, args=items)
         except Exception as error:  # Orbax raises plain Exception where a file cannot be read
             raise UserError(
-                f"{self._manager.directory / str(done)}: the checkpoint cannot be read ({str(error)[:200]}); remove the "
-                "folder to continue from the checkpoint before it"
+                f"{self._manager.directory / str(done)}: the checkpoint cannot be read ({str(error)[:200]}); remove "
+                "the folder to continue from the checkpoint before it"
             ) from error
         return TrainState(restored.params, restored.optimizer)
 
