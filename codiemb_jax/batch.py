@@ -46,4 +46,22 @@ class STSBatch(NamedTuple):
     """float32 [pairs]"""
 
 
-Batch = IRBatch | STSBatch
+class MixedBatch(NamedTuple):
+    """A step in which each device holds examples of one task, devices of different ones.
+
+    The passages of a pair are its second text and then empty rows; a query has no score.
+    """
+
+    queries: Rows
+    """[examples, row_length]"""
+    passages: Rows
+    """[examples * (positives + negatives), row_length]"""
+    present: Array
+    """bool [examples, negatives]"""
+    scores: Array
+    """float32 [examples]"""
+    is_ir: Array
+    """bool [examples]: alike on all of a device"""
+
+
+Batch = IRBatch | STSBatch | MixedBatch

@@ -35,12 +35,15 @@ class ModelSettings(Section):
     """Folder in Hugging Face format, an Orbax folder of this project, or a hub id."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token sees its whole text or only what stands before it."""
-    pooling: Literal["mean"] = "mean"
-    """How a text's tokens become one vector."""
-    normalize: Literal[True] = True
-    """Scale vectors to length 1."""
-    projection_dim: None = None
-    """A learned projection of the vectors: not there yet."""
+    pooling: Literal["mean", "weighted_mean", "cls", "last_token"] = "mean"
+    """How a text's tokens become one vector.  The means leave the prompt out; weighted_mean weighs the content's tokens
+    1, 2, 3 …; cls and last_token take the first or last of all tokens."""
+    normalize: bool = True
+    """Give vectors of length 1.  The objectives compare directions either way."""
+    projection_dim: Positive | None = None
+    """Dimension of a learned linear layer on the vectors; null: none."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout in training, for all of the model's dropouts; null: each as config.json says."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and matrix products.  On a CPU the default is float32."""
     param_dtype: Literal["bfloat16", "float32"] = "float32"
@@ -75,10 +78,12 @@ class DataSettings(Section):
     """Retrieval data: .json/.jsonl files or folders of them; each file is one data set."""
     sts: Paths = []
     """Similarity data, likewise."""
-    sampler: Literal["dynamic", "single"] = "dynamic"
-    """dynamic: each task has its own batch size; single: one batch size for both."""
-    ir_share: None = None
-    """Share of retrieval steps: null, as the batches of the data sets fall; nothing else is there yet."""
+    sampler: Literal["dynamic", "single", "mixed"] = "dynamic"
+    """dynamic: each task has its own batch size; single: one batch size for both; mixed: likewise, but each device
+    takes its part of a step from a data set of its own and compares only what it holds (an ablation)."""
+    ir_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of retrieval steps, kept at every step count; null: as the batches of the data sets fall.  An epoch has as
+    many steps either way: one task's data are then seen more often, the other's less."""
     ir_global_batch_size: Positive = 224
     """Queries in a retrieval step, over all devices."""
     sts_global_batch_size: Positive = 256
@@ -97,10 +102,14 @@ class DataSettings(Section):
         if not self.ir and not self.sts:
             raise ValueError("give at least one path under data.ir or data.sts")
         alike = self.ir_global_batch_size == self.sts_global_batch_size
-        if self.sampler == "single" and self.ir and self.sts and not alike:
+        if self.sampler != "dynamic" and self.ir and self.sts and not alike:
             raise ValueError(
-                "sampler: single has one batch size: set ir_global_batch_size and sts_global_batch_size alike"
+                f"sampler: {self.sampler} has one batch size: set ir_global_batch_size and sts_global_batch_size alike"
             )
+        if self.ir_share is not None and not (self.ir and self.sts):
+            raise ValueError("ir_share needs data of both tasks: give paths under data.ir and data.sts")
+        if self.ir_share is not None and self.sampler == "mixed":
+            raise ValueError("ir_share needs steps of one task each: set sampler to dynamic or single")
         return self
 
 
@@ -222,6 +231,16 @@ class Settings(BaseSettings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     export: bool = True
     """Write a Hugging Face folder to output_dir/export at the end."""
+
+    @model_validator(mode="after")
+    def _exportable(self) -> "Settings":
+        begins = [name for name in ("begin", "query", "passage") if getattr(self.prompt, name)]
+        if self.export and self.model.pooling == "weighted_mean" and begins:
+            raise ValueError(
+                "sentence-transformers counts the weights of a weighted_mean from the prompt's first token, we from "
+                f"the content's: set export to false, or {' and '.join(f'prompt.{name}' for name in begins)} to nothing"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pools(self) -> "Settings":

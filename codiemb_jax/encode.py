@@ -9,11 +9,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from codiemb_jax.batch import Rows
 from codiemb_jax.data.loader import padded_rows
 from codiemb_jax.data.prompts import PromptEncoder, Tokens
 from codiemb_jax.data.records import Triple
 from codiemb_jax.data.sampler import row_length
 from codiemb_jax.models.embed import embed
+from codiemb_jax.models.pooling import unit
 from codiemb_jax.training.mesh import by_row, replicated, row_shards
 
 ROWS = 32
@@ -23,19 +25,29 @@ ROWS = 32
 class Embedder:
     """Encodes texts with a model in memory, exactly as training does.
 
-    Its names are those of sentence-transformers: `encode_query`, `encode_document`.
+    Its names are those of sentence-transformers: `encode_query`, `encode_document`.  Vectors have length 1 unless
+    `normalize` is False.
     """
 
     def __init__(
-        self, graph: Any, encoder: PromptEncoder, mesh: jax.sharding.Mesh, max_tokens: int, default_instruction: str
+        self,
+        graph: Any,
+        encoder: PromptEncoder,
+        mesh: jax.sharding.Mesh,
+        max_tokens: int,
+        default_instruction: str,
+        normalize: bool = True,
     ):
         self._encoder, self._mesh, self._max_tokens = encoder, mesh, max_tokens
         self._default_instruction = default_instruction
         shards = row_shards(mesh)
         self._rows = -(-ROWS // shards) * shards
-        self._embed = jax.jit(
-            lambda params, rows: embed(nnx.merge(graph, params), rows), out_shardings=replicated(mesh)
-        )
+
+        def vectors(params: Any, rows: Rows) -> jax.Array:
+            found = embed(nnx.merge(graph, params), rows)
+            return unit(found) if normalize else found
+
+        self._embed = jax.jit(vectors, out_shardings=replicated(mesh))
         self._params: Any = None
 
     def with_params(self, params: Any) -> "Embedder":
@@ -45,18 +57,18 @@ class Embedder:
         return other
 
     def encode_query(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        """Unit vectors of queries, float32 [texts, dim]; `instruction` defaults to the settings' own."""
+        """Vectors of queries, float32 [texts, dim]; `instruction` defaults to the settings' own."""
         instruction = self._default_instruction if instruction is None else instruction
         triples = [Triple.of(instruction, "", text) for text in texts]
         return self.encode(self._encoder.encode_queries(triples, self._max_tokens))
 
     def encode_document(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of passages, float32 [texts, dim]."""
+        """Vectors of passages, float32 [texts, dim]."""
         triples = [Triple.of("", "", text) for text in texts]
         return self.encode(self._encoder.encode_passages(triples, self._max_tokens))
 
     def encode(self, texts: Sequence[Tokens]) -> np.ndarray:
-        """Unit vectors of tokenised texts, float32 [texts, dim]."""
+        """Vectors of tokenised texts, float32 [texts, dim]."""
         order = sorted(range(len(texts)), key=lambda i: texts[i].ids.size)  # neighbours share a row length
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
         for start in range(0, len(order), self._rows):

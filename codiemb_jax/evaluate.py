@@ -32,7 +32,7 @@ class HeldOutIR:
 
     def figure(self, embedder: Embedder) -> tuple[str, float]:
         """Mean nDCG@10: each query ranks all passages; a relevant one has gain 1."""
-        similarity = embedder.encode(self.queries) @ embedder.encode(self.passages).T
+        similarity = _directions(embedder, self.queries) @ _directions(embedder, self.passages).T
         relevant = {str(i): {str(j): 1 for j in found} for i, found in enumerate(self.relevant)}
         ranking = {str(i): {str(j): float(s) for j, s in enumerate(row)} for i, row in enumerate(similarity)}
         scores = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10"}).evaluate(ranking)
@@ -50,8 +50,14 @@ class HeldOutSTS:
 
     def figure(self, embedder: Embedder) -> tuple[str, float]:
         """Spearman correlation of cosine similarity and score."""
-        similarity = np.sum(embedder.encode(self.first) * embedder.encode(self.second), axis=1)
+        similarity = np.sum(_directions(embedder, self.first) * _directions(embedder, self.second), axis=1)
         return "Spearman", float(spearmanr(similarity, self.scores).statistic)
+
+
+def _directions(embedder: Embedder, texts: Sequence[Tokens]) -> np.ndarray:
+    """Vectors of length 1, whether or not the model's own are."""
+    vectors = embedder.encode(texts)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 HeldOut = HeldOutIR | HeldOutSTS

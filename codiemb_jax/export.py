@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax import __version__
@@ -17,7 +18,9 @@ from codiemb_jax.data.prompts import PromptEncoder
 from codiemb_jax.data.records import Triple
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.blueprint import Blueprint, write_files
+from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.models.families import family_of
+from codiemb_jax.models.families.family import Family
 from codiemb_jax.models.weights import NUMPY_TYPES, Params, write_weights
 
 _LONG = (
@@ -40,7 +43,7 @@ PROBES = (
 
 
 def write_export(
-    folder: Path, params: Params, untrained: Mapping[str, np.ndarray], blueprint: Blueprint, *, stock: bool
+    folder: Path, params: Params, untrained: Mapping[str, Any], blueprint: Blueprint, *, stock: bool
 ) -> None:
     """Writes the folder whole or not at all; one that is there is replaced.
 
@@ -61,17 +64,26 @@ def write_export(
 
 
 def _write_folder(
-    temporary: Path, params: Params, untrained: Mapping[str, np.ndarray], blueprint: Blueprint, stock: bool
+    temporary: Path, params: Params, untrained: Mapping[str, Any], blueprint: Blueprint, stock: bool
 ) -> None:
     family = family_of(blueprint.config)
     write_weights(temporary, params, untrained, family, blueprint.prefix, blueprint.dtypes)
     config = family.stock(blueprint.config) if stock else blueprint.config
-    _write_json(temporary / "config.json", _described(config, blueprint))
+    _write_json(temporary / "config.json", _described(config, blueprint, family))
     if not stock:
         write_files(temporary, blueprint.code)
     prompts = export_prompts(PromptSettings(**blueprint.prompt))
     _write_tokenizer(temporary, blueprint, prompts["query"])
-    _write_sentence_transformers(temporary, blueprint, prompts, int(params["norm"].shape[-1]))
+    dim = int(params["embedding"].shape[-1])
+    modules = ["Pooling"]
+    _write_pooling(temporary / "1_Pooling", blueprint.encoding["pooling"], dim)
+    if "projection" in params:
+        modules.append("Dense")
+        dim = _write_dense(temporary / "2_Dense", params["projection"])
+    if blueprint.encoding["normalize"]:
+        modules.append("Normalize")
+    _write_sentence_transformers(temporary, blueprint, prompts, modules)
+    (temporary / "README.md").write_text(_card(blueprint, prompts, dim), encoding="utf-8")
 
 
 def export_prompts(prompt: PromptSettings) -> dict[str, str]:
@@ -80,19 +92,19 @@ def export_prompts(prompt: PromptSettings) -> dict[str, str]:
     return {"query": query, "document": prompt.begin + prompt.passage}
 
 
-def _described(config: dict[str, Any], blueprint: Blueprint) -> dict[str, Any]:
-    """config.json as it fits the weights that are written, and the direction of attention in both spellings:
+def _described(config: dict[str, Any], blueprint: Blueprint, family: Family) -> dict[str, Any]:
+    """config.json as it fits the weights that are written, and a decoder's direction of attention in both spellings:
     `is_causal` for transformers, the other for vLLM and TEI.
 
     The weights' type is that of most of them; it stands under the name that the config came with.
     """
     most, _ = Counter(blueprint.dtypes.values()).most_common(1)[0]
     spelling = "dtype" if "dtype" in config else "torch_dtype"
-    bidirectional = blueprint.attention == "bidirectional"
+    bidirectional = blueprint.encoding["attention"] == "bidirectional"
     config = {name: value for name, value in config.items() if name != "quantization_config"}  # weights are plain
-    return {**config, "is_causal": not bidirectional, "use_bidirectional_attention": bidirectional} | {
-        spelling: np.dtype(NUMPY_TYPES[most]).name
-    }
+    if family.model is Decoder:
+        config |= {"is_causal": not bidirectional, "use_bidirectional_attention": bidirectional}
+    return config | {spelling: np.dtype(NUMPY_TYPES[most]).name}
 
 
 def _write_tokenizer(folder: Path, blueprint: Blueprint, query_prompt: str) -> None:
@@ -143,22 +155,49 @@ def _blank_merges(tokenizer: PreTrainedTokenizerFast, blueprint: Blueprint, quer
     return sum(text.content < alone for text in texts) > len(texts) / 2
 
 
-def _write_sentence_transformers(folder: Path, blueprint: Blueprint, prompts: dict[str, str], dim: int) -> None:
-    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize")]
+POOLING_KEYS = {
+    "cls": "cls_token", "mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last_token": "lasttoken",
+}  # fmt: skip
+"""Our poolings by what stands in sentence-transformers' `pooling_mode_…`."""
+
+
+def _write_pooling(folder: Path, pooling: str, dim: int) -> None:
+    """The keys of sentence-transformers before 5.4, which text-embeddings-inference reads."""
+    folder.mkdir()
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    config = {f"pooling_mode_{mode}": mode == POOLING_KEYS[pooling] for mode in modes}
+    # cls takes the first token of all, which is the prompt's.
+    include_prompt = pooling in ("cls", "last_token")
+    _write_json(folder / "config.json", {"word_embedding_dimension": dim, **config, "include_prompt": include_prompt})
+
+
+def _write_dense(folder: Path, projection: Params) -> int:
+    """A Dense module, whose layer holds [out, in] as PyTorch does; returns its dimension."""
+    folder.mkdir()
+    kernel, bias = (np.asarray(projection[name], np.float32) for name in ("kernel", "bias"))
+    weights = {"linear.weight": np.ascontiguousarray(kernel.T), "linear.bias": bias}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    size, projected = kernel.shape
+    config = {"in_features": size, "out_features": projected, "bias": True}
+    _write_json(folder / "config.json", config | {"activation_function": "torch.nn.modules.linear.Identity"})
+    return projected
+
+
+def _write_sentence_transformers(
+    folder: Path, blueprint: Blueprint, prompts: dict[str, str], modules: Sequence[str]
+) -> None:
+    """`modules` come after the transformer itself."""
+    paths = {"Transformer": "", **{kind: f"{place}_{kind}" for place, kind in enumerate(modules, 1)}}
     _write_json(
         folder / "modules.json",
         [
-            {"idx": int(name), "name": name, "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for name, path, kind in modules
+            {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for place, (kind, path) in enumerate(paths.items())
         ],
     )
-    (folder / "1_Pooling").mkdir()
-    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-    pooling: dict[str, Any] = {"word_embedding_dimension": dim}
-    pooling |= {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}  # the keys that TEI reads
-    _write_json(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": False})
-    (folder / "2_Normalize").mkdir()
-    _write_json(folder / "2_Normalize" / "config.json", {})
+    if "Normalize" in paths:
+        (folder / paths["Normalize"]).mkdir()
+        _write_json(folder / paths["Normalize"] / "config.json", {})
     sentence = {"max_seq_length": blueprint.max_tokens, "do_lower_case": False}
     _write_json(folder / "sentence_bert_config.json", sentence)
     _write_json(
@@ -171,10 +210,18 @@ def _write_sentence_transformers(folder: Path, blueprint: Blueprint, prompts: di
             "model_type": "SentenceTransformer",
         },
     )
-    (folder / "README.md").write_text(_card(blueprint, prompts, dim), encoding="utf-8")
+
+
+POOLINGS = {
+    "mean": "the mean over the text's tokens, the prompt's left out",
+    "weighted_mean": "the mean over the text's tokens, weighted 1, 2, 3 …, the prompt's left out",
+    "cls": "the first token's",
+    "last_token": "the last token's",
+}
 
 
 def _card(blueprint: Blueprint, prompts: dict[str, str], dim: int) -> str:
+    length = "unit " if blueprint.encoding["normalize"] else ""
     rows = "\n".join(f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in prompts.items())
     return f"""---
 library_name: sentence-transformers
@@ -185,8 +232,8 @@ tags: [sentence-transformers, feature-extraction, sentence-similarity, codiemb]
 # Text embedding model
 
 Fine-tuned with [CoDiEmb](https://arxiv.org/abs/2508.11442) by codiemb_jax {__version__}. It maps a text of up to
-{blueprint.max_tokens} tokens to a unit vector of {dim} dimensions; similarity is the dot product.
-Attention is {blueprint.attention}; a vector is the mean over the text's tokens, the prompt's left out.
+{blueprint.max_tokens} tokens to a {length}vector of {dim} dimensions; compare vectors by their cosine.
+Attention is {blueprint.encoding["attention"]}; a vector is {POOLINGS[blueprint.encoding["pooling"]]}.
 It was trained on texts without tabs, newlines, blanks and colons at their ends: strip yours (`text.strip("\\t\\n :")`).
 Needs transformers 5.2 or newer: older ones ignore `is_causal` in config.json.
 

@@ -73,12 +73,15 @@ def train(settings: Settings) -> None:
     encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
     held_out = read_held_out(settings.evaluation, encoder, longest)
     data_sets = prepare_data(settings, encoder)
-    plan = Plan([Source(str(d.path), d.task, d.index) for d in data_sets], settings.data, settings.seed)
+    sources = [Source(str(data_set.path), data_set.task, data_set.index) for data_set in data_sets]
+    plan = Plan(sources, settings.data, settings.seed, row_shards(mesh))
     inputs = inputs_of(model, data_sets)
     continued = has_checkpoints(settings.output_dir / "checkpoints")
     if continued:
         check_same_run(settings, inputs)
-    embedder = Embedder(model.graph, encoder, mesh, longest, settings.prompt.default_instruction)
+    embedder = Embedder(
+        model.graph, encoder, mesh, longest, settings.prompt.default_instruction, settings.model.normalize
+    )
 
     try:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -90,8 +93,8 @@ def train(settings: Settings) -> None:
         write_whole(settings.output_dir / "config.yaml", resolved)
         write_whole(settings.output_dir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
     with jax.set_mesh(mesh):
-        untrained = model.load_untrained()
-        initial = None if continued else model.load()
+        untrained = {name: np.asarray(weight) for name, weight in model.stream_untrained().items()}
+        initial = None if continued else model.load(settings.seed)
         before = figures_before(settings, held_out, embedder, initial)
         params = run_steps(settings, model, plan, data_sets, checkpoints, initial, untrained)
         after = evaluate(embedder.with_params(params), held_out)
@@ -123,8 +126,8 @@ def run_steps(
         state = checkpoints.restore(done, layout)
     else:
         state = TrainState(initial, initial_opt_state(optimizer, initial))
-    mesh = layout.params["norm"].sharding.mesh
-    step = make_step(model.graph, optimizer, schedule, settings, mesh, layout)
+    mesh = jax.tree.leaves(layout.params)[0].sharding.mesh
+    step = make_step(model.graph, optimizer, schedule, settings, mesh, layout, model.config.has_dropout)
     names = [data_set.name for data_set in data_sets]
     waiting: tuple[StepPlan, Metrics] | None = None  # a step's metrics are read while the next one runs
     # Whatever ends the loop, a checkpoint on its way to disk arrives there.
@@ -153,11 +156,20 @@ def with_platform_defaults(settings: Settings) -> Settings:
 
 
 def check_batches(settings: Settings, shards: int) -> None:
-    """UserError unless every device gets the same number of examples in every chunk."""
+    """UserError unless every device gets as many examples in every chunk and, with sampler: mixed, whole pools."""
     problems = []
+    pools = {"ir": "ir_pool_size", "sts": "sts_list_size"}
     for task in TASKS:
         size = getattr(settings.data, f"{task}_global_batch_size")
-        if getattr(settings.data, task) and size % (shards * settings.encode_chunks):
+        pool = getattr(settings.objective, pools[task])
+        if not getattr(settings.data, task):
+            continue
+        if settings.data.sampler == "mixed" and pool and size // shards % pool:
+            problems.append(
+                f"objective.{pools[task]} {pool} must divide what a device holds in a step of sampler: mixed, "
+                f"data.{task}_global_batch_size {size} / {shards} devices; set it to null to compare all of that"
+            )
+        if size % (shards * settings.encode_chunks):
             problems.append(
                 f"data.{task}_global_batch_size {size} must be a multiple of {shards * settings.encode_chunks}: "
                 f"{shards} devices with rows of their own (mesh.data x mesh.fsdp) x encode_chunks "

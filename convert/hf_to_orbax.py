@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--output {options.output}: already exists; give a folder that does not")
     mesh = make_mesh(MeshSettings(), jax.devices("cpu")[:1])
     model = open_model(ModelSettings(path=options.model), PromptSettings(), mesh)
-    save_model(options.output, model.load(), model.load_untrained(), model.blueprint)
+    save_model(options.output, model.stream(), model.stream_untrained(), model.blueprint)
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     print(f"wrote {count:,} parameters to {options.output}")
 

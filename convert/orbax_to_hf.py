@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--verify: sentence-transformers would need the remote code of a {config['model_type']} model, which is "
             "never run; add --architecture stock"
         )
-    write_export(options.output, model.load(), model.load_untrained(), model.blueprint, stock=stock)
+    write_export(options.output, model.stream(), model.stream_untrained(), model.blueprint, stock=stock)
     print(f"wrote {options.output}")
     if options.verify:
         from convert.verify import verify  # PyTorch is loaded only where it is asked for
@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def open_checkpoint(path: Path) -> ModelFolder:
     """A checkpoint with the attention, prompts and lengths that it was trained with."""
     blueprint = restore_blueprint(path)
-    settings = ModelSettings.model_validate(
-        {"path": str(path), "attention": blueprint.attention, "compute_dtype": "float32"}
-    )
+    settings = ModelSettings.model_validate({"path": str(path), "compute_dtype": "float32", **blueprint.encoding})
     mesh = make_mesh(MeshSettings(), jax.devices("cpu")[:1])
     return open_model(settings, PromptSettings(**blueprint.prompt), mesh, blueprint.max_tokens)
 

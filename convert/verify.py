@@ -14,7 +14,7 @@ from codiemb_jax.data.prompts import PromptEncoder
 from codiemb_jax.data.records import Triple
 from codiemb_jax.encode import Embedder
 from codiemb_jax.export import PROBES, export_prompts
-from codiemb_jax.models.weights import NUMPY_TYPES, Params
+from codiemb_jax.models.weights import Params, stored_type, weight_names
 from codiemb_jax.training.model import ModelFolder
 
 REQUIRED_COSINE = 0.99999
@@ -32,7 +32,10 @@ def verify(folder: Path, model: ModelFolder) -> bool:
     encoder = PromptEncoder(model.blueprint.tokenizer(), prompt)
     limit = model.blueprint.max_tokens
     mesh = jax.tree.leaves(model.abstract)[0].sharding.mesh
-    embedder = Embedder(model.graph, encoder, mesh, limit, prompt.default_instruction).with_params(as_written(model))
+    embedder = Embedder(
+        model.graph, encoder, mesh, limit, prompt.default_instruction, model.blueprint.encoding["normalize"]
+    )
+    embedder = embedder.with_params(as_written(model))
     theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": "float32"})
     queries = [Triple(prompt.default_instruction, "", text) for text in PROBES]
     documents = [Triple("", "", text) for text in PROBES]
@@ -75,13 +78,13 @@ def verify(folder: Path, model: ModelFolder) -> bool:
 
 
 def as_written(model: ModelFolder) -> Params:
-    """The checkpoint's parameters, rounded to the types in which the exported folder holds them."""
-    params = model.load()
+    """The checkpoint's parameters in the types in which the exported folder holds them."""
+    params = jax.tree.map(np.asarray, model.stream())
     for weight in model.family.weights:
         *parents, last = weight.ours.split(".")
         place = params
         for key in parents:
             place = place[key]
-        written = NUMPY_TYPES[model.blueprint.dtypes[model.blueprint.prefix + weight.theirs.format(layer=0)]]
-        place[last] = place[last].astype(written).astype(jnp.float32)
-    return params
+        names = weight_names(weight, model.blueprint.prefix, len(place[last]))
+        place[last] = place[last].astype(stored_type(model.blueprint.dtypes, names))
+    return jax.tree.map(jnp.asarray, params)

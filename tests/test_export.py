@@ -258,7 +258,7 @@ def test_attention_is_bidirectional(converted):
 def make_checkpoint(folder: Path, output: Path, prompt: PromptSettings, max_tokens: int | None = None, **settings):
     """A checkpoint as a run leaves it: with prompts, attention and lengths of its own."""
     model = open_model(ModelSettings(path=str(folder), **settings), prompt, make_mesh(MeshSettings()), max_tokens)
-    save_model(output, model.load(), model.load_untrained(), model.blueprint)
+    save_model(output, model.stream(), model.stream_untrained(), model.blueprint)
 
 
 def encoder_of(blueprint: Blueprint) -> PromptEncoder:

@@ -1,15 +1,16 @@
 """Plan -> this host's rows -> global arrays."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import grain
 import jax
 import numpy as np
 
-from codiemb_jax.batch import Batch, IRBatch, Rows, STSBatch
+from codiemb_jax.batch import Batch, IRBatch, MixedBatch, Rows, STSBatch
 from codiemb_jax.data.prepare import PreparedDataSet
 from codiemb_jax.data.prompts import Tokens
-from codiemb_jax.data.sampler import Plan, StepPlan
+from codiemb_jax.data.sampler import Part, Plan, StepPlan
 
 THREADS = 2
 BATCHES_AHEAD = 4
@@ -42,20 +43,32 @@ class StepSource:
 
     def __getitem__(self, number: int) -> tuple[StepPlan, Batch]:
         plan = self.plan.step(number)
-        data_set = self.data_sets[plan.source]
-        own = np.concatenate([np.arange(start, stop) for start, stop in own_slices(self.sharding, plan.examples.size)])
-        examples, chosen = plan.examples[own], plan.texts[own]
-        texts = data_set.read(examples)
+        own = np.concatenate([np.arange(start, stop) for start, stop in own_slices(self.sharding, plan.size)])
+        part_size = plan.parts[0].examples.size
+        pieces = [
+            self._piece(plan.parts[place], own[own // part_size == place] % part_size)
+            for place in np.unique(own // part_size)
+        ]
+        texts = [example for piece in pieces for example in piece[0]]
+        chosen, scores, is_ir = (np.concatenate(values) for values in list(zip(*pieces, strict=True))[1:])
         queries = padded_rows([text[0] for text in texts], plan.query_row)
         # Text 0 of an example is its query, so passage j is text j + 1.
         passages = padded_rows(
             [None if j < 0 else text[j + 1] for text, row in zip(texts, chosen, strict=True) for j in row],
             plan.passage_row,
         )
+        if plan.task == "sts":
+            return plan, STSBatch(queries, passages, scores)
+        present = chosen[:, self.plan.settings.positives_per_query :] >= 0
         if plan.task == "ir":
-            negatives = chosen[:, self.plan.settings.positives_per_query :]
-            return plan, IRBatch(queries, passages, negatives >= 0)
-        return plan, STSBatch(queries, passages, data_set.scores(examples).astype(np.float32))
+            return plan, IRBatch(queries, passages, present)
+        return plan, MixedBatch(queries, passages, present, scores, is_ir)
+
+    def _piece(self, part: Part, places: np.ndarray) -> tuple[list[list[Tokens]], np.ndarray, np.ndarray, np.ndarray]:
+        """Of the examples of a part at `places`: all texts, which of them are used, scores, and whether they are IR."""
+        data_set, examples = self.data_sets[part.source], part.examples[places]
+        is_ir = np.full(places.size, data_set.task == "ir")
+        return data_set.read(examples), part.texts[places], data_set.scores(examples), is_ir
 
 
 def own_slices(sharding: jax.sharding.Sharding, rows: int) -> list[tuple[int, int]]:
@@ -92,5 +105,5 @@ def batches(
     source = StepSource(plan, data_sets, sharding, stop)
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)
     for step_plan, batch in grain.MapDataset.source(source)[start:].to_iter_dataset(options):
-        examples = step_plan.examples.size
-        yield step_plan, jax.tree.map(lambda local, n=examples: to_global(local, sharding, n), batch)
+        place = partial(to_global, sharding=sharding, examples=step_plan.size)
+        yield step_plan, jax.tree.map(place, batch)

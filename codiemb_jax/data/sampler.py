@@ -4,9 +4,12 @@ Nothing here reads a text: lengths come from the index that `prepare` wrote, so 
 global batch and all agree on its shape without talking.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -28,18 +31,26 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Examples of one data set."""
+
+    source: int
+    """Which data set, by its place in the list."""
+    examples: np.ndarray
+    """[examples] in file order"""
+    texts: np.ndarray
+    """[examples, texts] which passages of each example; -1: it has none to put here"""
+
+
+@dataclass(frozen=True)
 class StepPlan:
-    """One step: a global batch of one data set."""
+    """One step: a global batch.  It is of one data set, or (sampler: mixed) each device's part is."""
 
     number: int
     epoch: int
-    source: int
-    """Which data set, by its place in the list."""
-    task: Task
-    examples: np.ndarray
-    """[batch] examples of the data set, in file order"""
-    texts: np.ndarray
-    """[batch, positives + negatives] which passages of each example; -1: it has none to put here"""
+    task: Task | Literal["mixed"]
+    parts: tuple[Part, ...]
+    """Parts of the batch, alike in shape, in order."""
     query_row: int
     """Row length of the queries, in tokens; of both texts of STS pairs."""
     passage_row: int
@@ -48,81 +59,136 @@ class StepPlan:
     """Real tokens of the global batch."""
 
     @property
+    def size(self) -> int:
+        """Examples of the global batch."""
+        return sum(part.examples.size for part in self.parts)
+
+    @property
     def computed_tokens(self) -> int:
         """Tokens with padding."""
-        return self.examples.size * self.query_row + self.texts.size * self.passage_row
+        return self.size * self.query_row + sum(part.texts.size for part in self.parts) * self.passage_row
+
+
+class _Stream:
+    """An endless order of batches of some data sets.
+
+    Each round every data set is shuffled and cut into batches; what is left over waits for the next round's shuffle.
+    The batches of all data sets are shuffled together and dealt out `deal` at a time; what is left of them waits, too.
+    """
+
+    def __init__(self, members: Mapping[int, int], batch_sizes: Sequence[int], deal: int, seed: int):
+        """`members`: the data sets' places in the list, and how many examples each has."""
+        self._members, self._sizes, self._deal, self._seed = members, batch_sizes, deal, seed
+        batches = [(place, batch) for place, size in members.items() for batch in range(size // batch_sizes[place])]
+        self._batches = np.array(batches).reshape(-1, 2)
+        self.length = len(batches) // deal
+        """Deals a round."""
+        self._round = lru_cache(maxsize=2)(self._order_of_round)
+
+    def _order_of_round(self, number: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """The (data set, batch) of each place [batches, 2], and each data set's shuffled examples."""
+        shuffled = {
+            place: np.random.default_rng([self._seed, _SHUFFLE, number, place]).permutation(size)
+            for place, size in self._members.items()
+        }
+        key = [self._seed, _BATCHES, number, min(self._members)]
+        return np.random.default_rng(key).permutation(self._batches), shuffled
+
+    def deal(self, number: int) -> list[tuple[int, np.ndarray]]:
+        """The data set and the examples of each batch of deal `number`, from 0."""
+        turn, within = divmod(number, self.length)
+        order, shuffled = self._round(turn)
+        dealt = []
+        for place, batch in order[within * self._deal : (within + 1) * self._deal].tolist():
+            size = self._sizes[place]
+            dealt.append((place, shuffled[place][batch * size : (batch + 1) * size]))
+        return dealt
 
 
 class Plan:
-    """The order of all steps.
+    """The order of all steps: the batches of all data sets as they fall, or in a given share of tasks."""
 
-    Each epoch every data set is shuffled and cut into global batches of its task's size; what is left over
-    waits for the next epoch's shuffle.  The batches of all data sets are shuffled together.
-    """
-
-    def __init__(self, sources: Sequence[Source], settings: DataSettings, seed: int):
+    def __init__(self, sources: Sequence[Source], settings: DataSettings, seed: int, devices: int = 1):
+        """`devices`: that hold examples of their own; matters for sampler: mixed only."""
         self.sources, self.settings, self.seed = sources, settings, seed
-        self.batch_sizes = [
-            settings.ir_global_batch_size if source.task == "ir" else settings.sts_global_batch_size
-            for source in sources
-        ]
-        sizes = [source.index.position.size for source in sources]
+        self._mixed = settings.sampler == "mixed"
+        deal = devices if self._mixed else 1
+        sizes = {"ir": settings.ir_global_batch_size // deal, "sts": settings.sts_global_batch_size // deal}
+        self.batch_sizes = [sizes[source.task] for source in sources]
+        examples = {place: source.index.position.size for place, source in enumerate(sources)}
         too_small = [
-            f"{source.name}: {size} examples, data.{source.task}_global_batch_size is {batch}"
-            for source, size, batch in zip(sources, sizes, self.batch_sizes, strict=True)
-            if size < batch
+            f"{source.name}: {examples[place]} examples, "
+            + ("a device's part of " if self._mixed else "")
+            + f"data.{source.task}_global_batch_size is {self.batch_sizes[place]}"
+            for place, source in enumerate(sources)
+            if examples[place] < self.batch_sizes[place]
         ]
         if too_small:
             raise UserError(
                 "data sets smaller than one global batch would never be seen; lower the batch size, or add "
                 "examples, or join files:\n" + listed(too_small)
             )
-        self._batches = [size // batch for size, batch in zip(sizes, self.batch_sizes, strict=True)]
-        self._epoch = lru_cache(maxsize=2)(self._order_of_epoch)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return sum(self._batches)
+        def stream(members: Mapping[int, int]) -> _Stream:
+            return _Stream(members, self.batch_sizes, deal, seed)
 
-    def _random(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *key])
+        self._all = stream(examples)
+        if not self._all.length:
+            raise UserError(
+                f"sampler: mixed needs a batch for each of the {devices} devices, all data sets together have fewer; "
+                "lower data.ir_global_batch_size and data.sts_global_batch_size"
+            )
+        self.steps_per_epoch = self._all.length
+        # As written: 0.3 is three of ten steps, although no float is three tenths.
+        self._share = None if settings.ir_share is None else Fraction(str(settings.ir_share))
+        if self._share is not None:
+            self._of_task = {
+                task: stream({place: size for place, size in examples.items() if sources[place].task == task})
+                for task in ("ir", "sts")
+            }
 
-    def _order_of_epoch(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The (data set, batch) of each step [steps, 2], and each data set's shuffled examples."""
-        shuffled = [
-            self._random(_SHUFFLE, epoch, place).permutation(source.index.position.size)
-            for place, source in enumerate(self.sources)
-        ]
-        batches = [(place, batch) for place, count in enumerate(self._batches) for batch in range(count)]
-        return self._random(_BATCHES, epoch).permutation(np.array(batches)), shuffled
+    def _dealt(self, number: int) -> list[tuple[int, np.ndarray]]:
+        if self._share is None:
+            return self._all.deal(number)
+        before, after = (math.floor(steps * self._share) for steps in (number, number + 1))
+        return self._of_task["ir"].deal(before) if after > before else self._of_task["sts"].deal(number - before)
 
     def step(self, number: int) -> StepPlan:
         """The plan of step `number`, from 0."""
-        epoch, within = divmod(number, self.steps_per_epoch)
-        order, shuffled = self._epoch(epoch)
-        place, batch = (int(value) for value in order[within])
-        size, source = self.batch_sizes[place], self.sources[place]
-        examples = shuffled[place][batch * size : (batch + 1) * size]
-        index = source.index
-        if source.task == "ir":
-            random = self._random(_CHOICES, number)
-            positives = _choose(index.positives[examples], self.settings.positives_per_query, random)
-            negatives = _choose(index.negatives[examples], self.settings.negatives_per_query, random)
-            negatives = np.where(negatives < 0, -1, negatives + index.positives[examples][:, None])
-            texts = np.concatenate([positives, negatives], axis=1)
-        else:
-            texts = np.zeros((size, 1), np.int64)
-        queries = index.query_tokens[examples]
-        passages = np.where(texts < 0, 0, index.passage_tokens[index.passage_offsets[examples][:, None] + texts])
-        if source.task == "ir":
-            query_row = row_length(queries.max(), self.settings.query_max_tokens)
-            passage_row = row_length(passages.max(), self.settings.passage_max_tokens)
-        else:  # both texts of a pair are queries
-            query_row = passage_row = row_length(max(queries.max(), passages.max()), self.settings.query_max_tokens)
-        return StepPlan(
-            number, epoch, place, source.task, examples, texts, query_row, passage_row,
-            tokens=int(queries.sum() + passages.sum()),
-        )  # fmt: skip
+        random = np.random.default_rng([self.seed, _CHOICES, number])
+        parts = tuple(Part(place, found, self._texts(place, found, random)) for place, found in self._dealt(number))
+        queries, passages = [], []
+        for part in parts:
+            index = self.sources[part.source].index
+            queries.append(index.query_tokens[part.examples])
+            places = index.passage_offsets[part.examples][:, None] + part.texts
+            passages.append(np.where(part.texts < 0, 0, index.passage_tokens[places]))
+        task = "mixed" if self._mixed else self.sources[parts[0].source].task
+        query_row, passage_row = self._row_lengths(task, np.max(queries), max(lengths.max() for lengths in passages))
+        tokens = sum(int(lengths.sum()) for lengths in (*queries, *passages))
+        return StepPlan(number, number // self.steps_per_epoch, task, parts, query_row, passage_row, tokens)
+
+    def _row_lengths(self, task: str, longest_query: int, longest_passage: int) -> tuple[int, int]:
+        query_limit, passage_limit = self.settings.query_max_tokens, self.settings.passage_max_tokens
+        if task == "sts":  # both texts of a pair are queries
+            length = row_length(max(longest_query, longest_passage), query_limit)
+            return length, length
+        if task == "mixed":  # a pair's second text lies among the passages
+            passage_limit = max(passage_limit, query_limit)
+        return row_length(longest_query, query_limit), row_length(longest_passage, passage_limit)
+
+    def _texts(self, place: int, examples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Which passages of each example are used, [examples, texts]."""
+        settings, index = self.settings, self.sources[place].index
+        per_query = settings.positives_per_query + settings.negatives_per_query
+        if self.sources[place].task == "sts":
+            texts = np.full((examples.size, per_query if self._mixed else 1), -1)
+            texts[:, 0] = 0
+            return texts
+        positives = _choose(index.positives[examples], settings.positives_per_query, random)
+        negatives = _choose(index.negatives[examples], settings.negatives_per_query, random)
+        negatives = np.where(negatives < 0, -1, negatives + index.positives[examples][:, None])
+        return np.concatenate([positives, negatives], axis=1)
 
 
 def _choose(counts: np.ndarray, wanted: int, random: np.random.Generator) -> np.ndarray:

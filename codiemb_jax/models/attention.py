@@ -3,12 +3,23 @@
 import jax
 import jax.numpy as jnp
 
+from codiemb_jax.models.layers import dropout
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, *, causal: bool) -> jax.Array:
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+    *,
+    causal: bool,
+    dropout_rate: float = 0.0,
+    keys: jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention; a token sees the tokens of its own segment only.
 
     query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, tokens, head_dim], where
-    kv_heads divides heads (grouped queries); segments: int [rows, tokens].
+    kv_heads divides heads (grouped queries); segments: int [rows, tokens]; keys: random keys of dropout [rows].
     Scores and softmax are float32.  Returns [rows, heads, tokens, head_dim] in the type of `value`.
     """
     rows, heads, tokens, head_dim = query.shape
@@ -19,6 +30,6 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
         visible &= jnp.tril(jnp.ones((tokens, tokens), bool))
     # Padding is a segment of its own, so every row of scores has something to see.
     scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, keys).astype(value.dtype)
     mixed = jnp.einsum("rkgqs,rksd->rkgqd", weights, value)
     return mixed.reshape(rows, heads, tokens, head_dim)

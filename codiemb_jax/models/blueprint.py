@@ -18,6 +18,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )  # fmt: skip
 
+ENCODING = ("attention", "pooling", "normalize", "projection_dim")
+"""Settings of a model without which its vectors could not be made again."""
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -26,7 +29,7 @@ class Blueprint:
     config: dict[str, Any]
     """config.json as it came."""
     prefix: str
-    """What stands before the base model's weight names in the checkpoint: `model.` or nothing."""
+    """What stands before the base model's weight names in the checkpoint: the family's prefix, or nothing."""
     dtypes: dict[str, str]
     """Type of each weight as it came, by its full name in the checkpoint (safetensors' spelling)."""
     files: dict[str, str]
@@ -35,8 +38,8 @@ class Blueprint:
     """Python files of the checkpoint, base64: carried along for those who want them, never run."""
     max_tokens: int
     """Longest text in tokens."""
-    attention: str
-    """bidirectional | causal"""
+    encoding: dict[str, Any]
+    """How the model encodes: the fields of `ModelSettings` that `ENCODING` names."""
     prompt: dict[str, str]
     """The fields of `PromptSettings`."""
 

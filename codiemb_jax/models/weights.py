@@ -4,8 +4,8 @@ Our parameters are a nested dict of arrays; a weight's path in the table is its 
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
@@ -23,67 +23,84 @@ from codiemb_jax.models.families.family import Family, Weight
 
 Params = dict[str, Any]
 
-SHARD_BYTES = 5 * 10**9
-"""Largest weight file that an export writes, the limit that Hugging Face's own files keep."""
+SHARD_BYTES = 2 * 10**9
+"""Largest weight file that an export writes, unless a single weight is larger: a file is held in memory twice."""
 
 NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
+class LazyArray:
+    """An array that is read anew whenever it is asked for: lets a model pass through memory weight by weight."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self._read = shape, np.dtype(dtype), read
+        self.ndim = len(shape)
+        self.size = math.prod(shape)
+        self.nbytes = self.size * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        value = self._read()
+        return value if dtype is None else value.astype(dtype, copy=False)
+
+
 class WeightFiles:
-    """The safetensors files of a folder, open for reading: one, or shards with an index."""
+    """The safetensors files of a folder: one, or shards with an index.
+
+    A file is open only while something is read, so that no more of it stays in memory than was asked for.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}  # weight name -> open file
-        for path in self._paths():
+        self.dtypes: dict[str, str] = {}
+        """Type of each weight by name, in safetensors' spelling."""
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Shape of each weight by name."""
+        self._paths: dict[str, Path] = {}
+        for path in _weight_paths(folder):
             try:
-                file = self._stack.enter_context(safe_open(path, framework="numpy"))
+                with safe_open(path, framework="numpy") as file:
+                    for name in file.keys():  # noqa: SIM118 (it is no dict)
+                        weight = file.get_slice(name)
+                        self.dtypes[name], self.shapes[name] = weight.get_dtype(), tuple(weight.get_shape())
+                        self._paths[name] = path
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: not a readable safetensors file: {error}") from error
-            self._files |= dict.fromkeys(file.keys(), file)
 
-    def _paths(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{index}: expected a JSON object with `weight_map`") from error
-            for name in names:
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise UserError(f"{index}: weight_map: {name!r} is not the name of a file in this folder")
-            paths = [self.folder / name for name in names]
-        else:
-            paths = [self.folder / "model.safetensors"]
-        if missing := [path.name for path in paths if not path.is_file()]:
-            raise UserError(
-                f"{self.folder}: {', '.join(missing)} not found; weights must be safetensors "
-                "(a pickled pytorch_model.bin is not read: convert it with transformers' save_pretrained)"
-            )
-        return paths
-
-    def __enter__(self) -> "WeightFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def dtypes(self) -> dict[str, str]:
-        """Type of each weight by name."""
-        return {name: file.get_slice(name).get_dtype() for name, file in self._files.items()}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A weight, or the block of it that `index` names; only that much is read."""
-        return self._files[name].get_slice(name)[index]
+        with safe_open(self._paths[name], framework="numpy") as file:
+            return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+    def lazy(self, name: str) -> LazyArray:
+        """A weight, read when it is asked for."""
+        dtype = NUMPY_TYPES.get(self.dtypes[name]) or self.read(name).dtype
+        return LazyArray(self.shapes[name], dtype, partial(self.read, name))
 
 
-def find_prefix(names: Mapping[str, Any]) -> str:
-    """`model.` for the checkpoint of a language model, nothing for that of a base model."""
-    return "model." if any(name.startswith("model.") for name in names) else ""
+def _weight_paths(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: expected a JSON object with `weight_map`") from error
+        for name in names:
+            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                raise UserError(f"{index}: weight_map: {name!r} is not the name of a file in this folder")
+        paths = [folder / name for name in names]
+    else:
+        paths = [folder / "model.safetensors"]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise UserError(
+            f"{folder}: {', '.join(missing)} not found; weights must be safetensors "
+            "(a pickled pytorch_model.bin is not read: convert it with transformers' save_pretrained)"
+        )
+    return paths
+
+
+def find_prefix(names: Iterable[str], family: Family) -> str:
+    """The family's prefix if any weight has it, as in the checkpoint of a language model; else nothing."""
+    return family.prefix if any(name.startswith(family.prefix) for name in names) else ""
 
 
 def _leaf(params: Params, path: str) -> Any:
@@ -92,7 +109,7 @@ def _leaf(params: Params, path: str) -> Any:
     return params
 
 
-def _names(weight: Weight, prefix: str, layers: int) -> list[str]:
+def weight_names(weight: Weight, prefix: str, layers: int) -> list[str]:
     """The checkpoint's names of one of our weights: one a layer, or just one."""
     if "{layer}" not in weight.theirs:
         return [prefix + weight.theirs]
@@ -104,24 +121,24 @@ def check_weights(files: WeightFiles, family: Family, prefix: str, abstract: Par
 
     Returns the names that the checkpoint holds beyond the model and that the family allows.
     """
-    dtypes = files.dtypes()
+    dtypes = files.dtypes
     missing, misshaped, wanted = [], [], set()
     for weight in family.weights:
         leaf = _leaf(abstract, weight.ours)
         stacked = "{layer}" in weight.theirs
         shape = leaf.shape[1:] if stacked else leaf.shape
         shape = shape[::-1] if weight.transpose else shape
-        for name in _names(weight, prefix, leaf.shape[0]):
+        for name in weight_names(weight, prefix, leaf.shape[0]):
             wanted.add(name)
             if name not in dtypes:
                 missing.append(f"missing: {name} {list(shape)}")
-            elif files.shape(name) != shape:
-                misshaped.append(f"shape: {name} is {list(files.shape(name))}, config.json makes it {list(shape)}")
+            elif files.shapes[name] != shape:
+                misshaped.append(f"shape: {name} is {list(files.shapes[name])}, config.json makes it {list(shape)}")
             elif dtypes[name] not in NUMPY_TYPES:
                 misshaped.append(f"type: {name} is {dtypes[name]}, supported are {', '.join(NUMPY_TYPES)}")
     beyond = sorted(set(dtypes) - wanted)
     allowed = [name for name in beyond if any(fnmatchcase(name.removeprefix(prefix), p) for p in family.untrained)]
-    extra = [f"left over: {name} {list(files.shape(name))}" for name in beyond if name not in allowed]
+    extra = [f"left over: {name} {list(files.shapes[name])}" for name in beyond if name not in allowed]
     if problems := missing + misshaped + extra:
         raise UserError(
             f"{files.folder}: weights do not fit config.json (model_type {family.model_type}):\n"
@@ -132,16 +149,44 @@ def check_weights(files: WeightFiles, family: Family, prefix: str, abstract: Par
 
 def read_weights(files: WeightFiles, family: Family, prefix: str, abstract: Params) -> Params:
     """Reads every weight into the shape, type and sharding of `abstract`, block by block for each device."""
+
+    def read(weight: Weight) -> jax.Array:
+        leaf = _leaf(abstract, weight.ours)
+        names = weight_names(weight, prefix, leaf.shape[0])
+        block = _once_each(partial(_read_block, files, weight, names, leaf.shape, leaf.dtype))
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, block)
+
+    return _tree(family, read)
+
+
+def stream_weights(files: WeightFiles, family: Family, prefix: str, abstract: Params) -> Params:
+    """Every weight as a `LazyArray` in the shape of `abstract` and the type in which it came."""
+
+    def lazy(weight: Weight) -> LazyArray:
+        shape = _leaf(abstract, weight.ours).shape
+        names = weight_names(weight, prefix, shape[0])
+        dtype = stored_type(files.dtypes, names)
+        whole = tuple(slice(0, size) for size in shape)
+        return LazyArray(shape, dtype, partial(_read_block, files, weight, names, shape, dtype, whole))
+
+    return _tree(family, lazy)
+
+
+def stored_type(dtypes: Mapping[str, str], names: Iterable[str]) -> Any:
+    """A type that holds weights of one or several types, bit by bit."""
+    found = {dtypes[name] for name in names}
+    return NUMPY_TYPES[found.pop()] if len(found) == 1 else np.float32
+
+
+def _tree(family: Family, leaf: Callable[[Weight], Any]) -> Params:
+    """Our nested dict of parameters, each made by `leaf` of its line in the family's table."""
     params: Params = {}
     for weight in family.weights:
-        leaf = _leaf(abstract, weight.ours)
-        names = _names(weight, prefix, leaf.shape[0])
-        block = _once_each(partial(_read_block, files, weight, names, leaf.dtype))
         *parents, last = weight.ours.split(".")
         place = params
         for key in parents:
             place = place.setdefault(key, {})
-        place[last] = jax.make_array_from_callback(leaf.shape, leaf.sharding, block)
+        place[last] = leaf(weight)
     return params
 
 
@@ -159,24 +204,28 @@ def _once_each(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any
 
 
 def _read_block(
-    files: WeightFiles, weight: Weight, names: list[str], dtype: Any, index: tuple[slice, ...]
+    files: WeightFiles, weight: Weight, names: list[str], shape: tuple[int, ...], dtype: Any, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """The block of one of our weights that `index` names."""
+    """The block of one of our weights, of `shape` as a whole, that `index` names."""
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         value = files.read(name, index[::-1] if weight.transpose else index)
-        return (value.T if weight.transpose else value).astype(dtype)
+        return value.T if weight.transpose else value
 
-    if "{layer}" not in weight.theirs:
-        return read(names[0], index)
-    return np.stack([read(name, index[1:]) for name in names[index[0]]])
+    block = np.empty([len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)], dtype)
+    if "{layer}" in weight.theirs:
+        for place, name in enumerate(names[index[0]]):
+            block[place] = read(name, index[1:])
+    else:
+        block[...] = read(names[0], index)
+    return block
 
 
 def named_weights(params: Params, family: Family, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight under its checkpoint name, in the checkpoint's layout."""
     for weight in family.weights:
         leaf = np.asarray(_leaf(params, weight.ours))
-        names = _names(weight, prefix, leaf.shape[0])
+        names = weight_names(weight, prefix, leaf.shape[0])
         for name, value in zip(names, leaf if "{layer}" in weight.theirs else [leaf], strict=True):
             yield name, value.T if weight.transpose else value
 
@@ -184,7 +233,7 @@ def named_weights(params: Params, family: Family, prefix: str) -> Iterator[tuple
 def write_weights(
     folder: Path,
     params: Params,
-    untrained: Mapping[str, np.ndarray],
+    untrained: Mapping[str, Any],
     family: Family,
     prefix: str,
     dtypes: Mapping[str, str],
@@ -192,7 +241,8 @@ def write_weights(
 ) -> None:
     """Writes model.safetensors, or shards with an index where they would exceed `shard_bytes`.
 
-    Each weight is written in the type that `dtypes` names, the one in which it came.
+    Each weight is written in the type that `dtypes` names, the one in which it came.  Of a `LazyArray`, only one at a
+    time is in memory.
     """
     shard: dict[str, np.ndarray] = {}
     paths: list[Path] = []

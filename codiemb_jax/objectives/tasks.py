@@ -1,6 +1,6 @@
 """What retrieval and similarity steps add up, on one device's slice of a global batch.
 
-Both objectives run inside `jax.shard_map`: device i of the mesh axes `axes`, in row-major order, holds the b
+The objectives run inside `jax.shard_map`: device i of the mesh axes `axes`, in row-major order, holds the b
 examples from i * b on.  Which examples are compared with each other is a matter of the settings, not of the
 devices, so that neither the loss nor its gradient depends on their number.  `axes=()`: there is no mesh, the
 slice is the whole batch.
@@ -91,6 +91,37 @@ def sts_objective(
     )
     if middle is not None:
         loss += settings.mid_info_nce_weight * parts["mid_info_nce"]
+    return loss, parts
+
+
+def mixed_objective(
+    first: jax.Array,
+    second: jax.Array,
+    middle: tuple[jax.Array, jax.Array] | None,
+    present: jax.Array,
+    scores: jax.Array,
+    is_ir: jax.Array,
+    *,
+    settings: ObjectiveSettings,
+    axes: tuple[str, ...] = (),
+) -> tuple[jax.Array, Parts]:
+    """Each device's own task on its own examples alone: nothing is gathered, so devices may differ in task.
+
+    first: [examples, dim]; second: [examples * texts, dim], an example's passages or, first of them, a pair's second
+    text; middle: both texts' vectors of the middle layer, alike, or None; present: [examples, negatives]; scores,
+    is_ir: [examples], is_ir being alike on all of a device.
+    Returns the mean over devices, and each task's parts as means over the devices that have it (NaN if none).
+    """
+    texts = len(second) // len(first)
+    pairs = None if middle is None else (middle[0], middle[1][::texts])
+    ir_loss, ir_parts = ir_objective(first, second, present, settings=settings)
+    sts_loss, sts_parts = sts_objective(first, second[::texts], pairs, scores, settings=settings)
+    loss = _mean_over_devices(jnp.where(is_ir[0], ir_loss, sts_loss), axes)
+    parts = {}
+    for own, tree in ((is_ir[0], ir_parts), (~is_ir[0], sts_parts)):
+        share = _mean_over_devices(own.astype(loss.dtype), axes)
+        for name, part in tree.items():
+            parts[name] = _mean_over_devices(jnp.where(own, part, 0), axes) / share
     return loss, parts
 
 

@@ -6,17 +6,19 @@ a folder that is there is whole.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from codiemb_jax.config import CheckpointSettings
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.blueprint import Blueprint
-from codiemb_jax.models.weights import Params
+from codiemb_jax.models.weights import LazyArray, Params
 from codiemb_jax.training.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save
@@ -84,10 +86,61 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "blueprint").is_dir() and (folder / "params").is_dir()
 
 
-def save_model(folder: Path, params: Params, untrained: Mapping[str, np.ndarray], blueprint: Blueprint) -> None:
-    """Writes a checkpoint without an optimizer's state."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.Composite(**_items(params, untrained, blueprint)))
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Saves `LazyArray`s one after another, so that only one at a time is in memory."""
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        for i, value in enumerate(values):
+            own_args = None if args is None else [args[i]]
+            for future in await super().serialize([np.asarray(value)], [infos[i]], own_args):
+                future.result()
+        return []
+
+
+def save_model(folder: Path, params: Params, untrained: Mapping[str, Any], blueprint: Blueprint) -> None:
+    """Writes a checkpoint without an optimizer's state; `params` and `untrained` hold `LazyArray`s."""
+    registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler(deepcopy_host_arrays=False)))
+    items: dict[str, Any] = {"blueprint": ocp.args.JsonSave(blueprint.to_json())}
+    handlers: dict[str, Any] = {"blueprint": ocp.JsonCheckpointHandler()}
+    for name, tree in {"params": params, "untrained": dict(untrained)}.items():
+        if tree:
+            items[name] = ocp.args.PyTreeSave(tree)
+            handlers[name] = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.Composite(**items))
+
+
+def stream_params(folder: Path) -> Params:
+    """The parameters in a checkpoint as `LazyArray`s."""
+    return _stream(folder / "params")
+
+
+def stream_untrained(folder: Path) -> dict[str, LazyArray]:
+    """The weights in a checkpoint that training does not touch, by their names in the Hugging Face folder."""
+    return _stream(folder / "untrained") if (folder / "untrained").is_dir() else {}
+
+
+def _stream(folder: Path) -> Any:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(folder.absolute()).item_metadata.tree
+
+    def lazy(path: Any, leaf: Any) -> LazyArray:
+        return LazyArray(leaf.shape, leaf.dtype, partial(_restore_one, folder, [key.key for key in path]))
+
+    return jax.tree_util.tree_map_with_path(lazy, metadata, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+
+
+def _restore_one(folder: Path, path: Sequence[str]) -> np.ndarray:
+    """One array of a saved tree."""
+    item: Any = 0
+    args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    for key in reversed(path):
+        item, args = {key: item}, {key: args}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            folder.absolute(), args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+        )
+    return jax.tree.leaves(restored)[0]
 
 
 def restore_blueprint(folder: Path) -> Blueprint:
@@ -106,14 +159,3 @@ def restore_params(folder: Path, abstract: Params) -> Params:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         return checkpointer.restore(folder.absolute(), args=args).params
-
-
-def restore_untrained(folder: Path) -> dict[str, np.ndarray]:
-    """The weights in a checkpoint that training does not touch, by their names in the Hugging Face folder."""
-    if not (folder / "untrained").is_dir():
-        return {}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            folder.absolute(), args=ocp.args.Composite(untrained=ocp.args.StandardRestore())
-        )
-    return {name: np.asarray(value) for name, value in restored.untrained.items()}

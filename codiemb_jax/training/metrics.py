@@ -57,19 +57,22 @@ class MetricsLog:
     def write(self, plan: StepPlan, metrics: Mapping[str, jax.Array]) -> None:
         """Writes one step's line, once the step has run.  UserError if the loss is no number any more."""
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        names = [self._names[part.source] for part in plan.parts]
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             raise UserError(
-                f"step {plan.number} ({plan.task}, {self._names[plan.source]}): the loss is {values['loss']}, the "
+                f"step {plan.number} ({plan.task}, {', '.join(names)}): the loss is {values['loss']}, the "
                 f"gradient's norm {values['grad_norm']}; checkpoints hold earlier steps only.  Lower "
                 "optimizer.learning_rate or set optimizer.clip_norm, in another output_dir"
             )
+        # In a mixed step, the parts of a task that no device holds.
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         line = {
             "step": plan.number,
             "epoch": plan.epoch,
             "task": plan.task,
-            "dataset": self._names[plan.source],
+            "dataset": names if plan.task == "mixed" else names[0],
             **values,
             "tokens": plan.tokens,
             "computed_tokens": plan.computed_tokens,

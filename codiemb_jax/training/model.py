@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from codiemb_jax.config import ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.blueprint import (
+    ENCODING,
     TOKENIZER_FILES,
     Blueprint,
     read_code_files,
@@ -20,11 +20,26 @@ from codiemb_jax.models.blueprint import (
     read_tokenizer_files,
 )
 from codiemb_jax.models.decoder import DecoderConfig
+from codiemb_jax.models.encoder import Encoder, EncoderConfig
 from codiemb_jax.models.families import family_of
 from codiemb_jax.models.families.family import Family
-from codiemb_jax.models.weights import Params, WeightFiles, check_weights, find_prefix, read_weights
-from codiemb_jax.training.checkpoint import is_checkpoint, restore_blueprint, restore_params, restore_untrained
-from codiemb_jax.training.state import abstract_model
+from codiemb_jax.models.weights import (
+    LazyArray,
+    Params,
+    WeightFiles,
+    check_weights,
+    find_prefix,
+    read_weights,
+    stream_weights,
+)
+from codiemb_jax.training.checkpoint import (
+    is_checkpoint,
+    restore_blueprint,
+    restore_params,
+    stream_params,
+    stream_untrained,
+)
+from codiemb_jax.training.state import abstract_model, new_projection
 
 
 @dataclass(frozen=True)
@@ -34,26 +49,38 @@ class ModelFolder:
     path: Path
     blueprint: Blueprint
     family: Family
-    config: DecoderConfig
+    config: DecoderConfig | EncoderConfig
     graph: Any
     abstract: Params
     """Shape, type and sharding of each parameter."""
-    untrained: list[str]
+    has_projection: bool
+    """Whether the folder holds the projection that the settings ask for; else it begins at random."""
+    _untrained: list[str]
     """Names in a Hugging Face folder of the weights that an encoder does not use."""
 
-    def load(self) -> Params:
-        """The parameters, each device reading its own part."""
+    def load(self, seed: int = 0) -> Params:
+        """The parameters, each device reading its own part; `seed` is that of a new projection."""
+        abstract = {name: leaf for name, leaf in self.abstract.items() if self.has_projection or name != "projection"}
         if is_checkpoint(self.path):
-            return restore_params(self.path, self.abstract)
-        with WeightFiles(self.path) as files:
-            return read_weights(files, self.family, self.blueprint.prefix, self.abstract)
+            params = restore_params(self.path, abstract)
+        else:
+            params = read_weights(WeightFiles(self.path), self.family, self.blueprint.prefix, abstract)
+        if "projection" in self.abstract and not self.has_projection:
+            params["projection"] = new_projection(self.abstract["projection"], seed)
+        return params
 
-    def load_untrained(self) -> dict[str, np.ndarray]:
-        """Weights of the folder that an encoder does not use."""
+    def stream(self) -> Params:
+        """The parameters in the types in which they are stored, each read when it is asked for."""
         if is_checkpoint(self.path):
-            return restore_untrained(self.path)
-        with WeightFiles(self.path) as files:
-            return {name: files.read(name) for name in self.untrained}
+            return stream_params(self.path)
+        return stream_weights(WeightFiles(self.path), self.family, self.blueprint.prefix, self.abstract)
+
+    def stream_untrained(self) -> dict[str, LazyArray]:
+        """Weights of the folder that an encoder does not use, each read when it is asked for."""
+        if is_checkpoint(self.path):
+            return stream_untrained(self.path)
+        files = WeightFiles(self.path)
+        return {name: files.lazy(name) for name in self._untrained}
 
 
 def open_model(
@@ -68,43 +95,52 @@ def open_model(
     blueprint = restore_blueprint(path) if is_checkpoint(path) else _read_blueprint(path)
     family = family_of(blueprint.config)
     config = family.read_config(blueprint.config)
+    if settings.dropout is not None:
+        config = config.with_dropout(settings.dropout)
     if max_tokens and max_tokens > config.max_positions:
         raise UserError(
             f"data.query_max_tokens and data.passage_max_tokens may be at most {config.max_positions}, the positions "
             f"of the model (max_position_embeddings in {path / 'config.json'})"
         )
+    if settings.attention == "causal" and family.model is Encoder:
+        raise UserError(f"model.attention: causal needs a decoder; a {family.model_type} model is bidirectional")
     largest = max(blueprint.tokenizer().get_vocab().values())
     if largest >= config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has a token with id {largest}, but the model only {config.vocab_size} embeddings "
             "(vocab_size in config.json); a special token named in tokenizer_config.json must be one of tokenizer.json"
         )
-    graph, abstract = abstract_model(config, settings, mesh)
+    stored_dim = blueprint.encoding.get("projection_dim")
+    if stored_dim and stored_dim != settings.projection_dim:
+        raise UserError(
+            f"model.projection_dim {settings.projection_dim}: {path} was trained with a projection to {stored_dim}; "
+            f"set it to {stored_dim}"
+        )
+    graph, abstract = abstract_model(family, config, settings, mesh)
     untrained: list[str] = []
     if not is_checkpoint(path):
-        with WeightFiles(path) as files:
-            untrained = check_weights(files, family, blueprint.prefix, abstract)
+        untrained = check_weights(WeightFiles(path), family, blueprint.prefix, abstract)
     blueprint = replace(
         blueprint,
         max_tokens=max_tokens or config.max_positions,
-        attention=settings.attention,
+        encoding=settings.model_dump(include=set(ENCODING)),
         prompt=prompt.model_dump(),
     )
-    return ModelFolder(path, blueprint, family, config, graph, abstract, untrained)
+    return ModelFolder(path, blueprint, family, config, graph, abstract, bool(stored_dim), untrained)
 
 
 def _read_blueprint(folder: Path) -> Blueprint:
     """The blueprint of a Hugging Face folder; how it encodes is for the settings to say."""
-    with WeightFiles(folder) as files:
-        dtypes = files.dtypes()
+    config = read_config_file(folder)
+    dtypes = WeightFiles(folder).dtypes
     return Blueprint(
-        config=read_config_file(folder),
-        prefix=find_prefix(dtypes),
+        config=config,
+        prefix=find_prefix(dtypes, family_of(config)),
         dtypes=dtypes,
         files=read_tokenizer_files(folder),
         code=read_code_files(folder),
         max_tokens=0,
-        attention="",
+        encoding={},
         prompt={},
     )
 

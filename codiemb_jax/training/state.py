@@ -8,7 +8,8 @@ import optax
 from flax import nnx
 
 from codiemb_jax.config import ModelSettings, OptimizerSettings
-from codiemb_jax.models.decoder import Decoder, DecoderConfig
+from codiemb_jax.models.families.family import Family
+from codiemb_jax.models.layers import Projection
 from codiemb_jax.models.weights import Params
 from codiemb_jax.training.mesh import replicated, weight_shardings
 
@@ -18,9 +19,9 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def abstract_model(config: DecoderConfig, settings: ModelSettings, mesh: jax.sharding.Mesh) -> tuple[Any, Params]:
+def abstract_model(family: Family, config: Any, settings: ModelSettings, mesh: jax.sharding.Mesh) -> tuple[Any, Params]:
     """The model's graph, and shape, type and sharding of each parameter; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Decoder(config, settings, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: family.model(config, settings, nnx.Rngs(0)))
     graph, variables = nnx.split(model)
     dtype = jnp.dtype(settings.param_dtype)
     params = jax.tree.map(
@@ -31,12 +32,23 @@ def abstract_model(config: DecoderConfig, settings: ModelSettings, mesh: jax.sha
     return graph, params
 
 
+def new_projection(abstract: Params, seed: int) -> Params:
+    """A projection's initial parameters, laid out as `abstract` says."""
+    size, projected = abstract["kernel"].shape
+
+    def initial() -> Params:
+        params = nnx.to_pure_dict(nnx.state(Projection(size, projected, nnx.Rngs(seed))))
+        return jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), params, abstract)
+
+    return jax.jit(initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+
+
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW, after clipping if asked for.  Norms and biases are not decayed, as in transformers' trainer."""
 
     def decayed(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf.ndim >= 2 and "norm" not in jax.tree_util.keystr(path), params
+            lambda path, _: not any(part in jax.tree_util.keystr(path) for part in ("norm", "bias")), params
         )
 
     adamw = optax.adamw(schedule, *settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, mask=decayed)

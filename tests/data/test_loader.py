@@ -79,7 +79,7 @@ def plan(data_sets) -> Plan:
     assert plan.steps_per_epoch == 4
     steps = [plan.step(number) for number in range(STEPS)]
     assert {step.task for step in steps} == {"ir", "sts"}
-    ir = np.concatenate([step.texts for step in steps if step.task == "ir"])
+    ir = np.concatenate([step.parts[0].texts for step in steps if step.task == "ir"])
     assert (ir[:, 2:] < 0).any() and (ir[:, 2:] >= 0).any()  # else these tests would show little
     return plan
 
@@ -125,14 +125,14 @@ class Expected:
 
     def fields(self, step: StepPlan) -> list[object]:
         """Rows of queries, rows of passages, and present or scores."""
-        examples = [self.lines[step.source][example] for example in step.examples]
+        examples = [self.lines[step.parts[0].source][example] for example in step.parts[0].examples]
         queries = laid_out([self.query(example["query"]) for example in examples], step.query_row)
         if step.task == "sts":
             second = laid_out([self.query(example["positives"][0]) for example in examples], step.query_row)
             return [queries, second, [float(np.float32(example["positive_scores"][0])) for example in examples]]
         passages: list[Tokens | None] = []
         present = []
-        for example, chosen in zip(examples, step.texts.tolist(), strict=True):
+        for example, chosen in zip(examples, step.parts[0].texts.tolist(), strict=True):
             own = example["positives"] + example["negatives"]
             passages += [None if text < 0 else self.passage(own[text]) for text in chosen]
             present.append([bool(example["negatives"])] * 3)
@@ -257,18 +257,18 @@ def test_hosts_read_their_own_examples_alone_and_make_up_the_global_batch(
             read.clear()
             assert len(source) == STEPS
             host_plan, local = source[number]
-            assert host_plan.examples.tolist() == step.examples.tolist()
-            size = step.examples.size // 8
+            assert host_plan.parts[0].examples.tolist() == step.parts[0].examples.tolist()
+            size = step.parts[0].examples.size // 8
             rows = chain.from_iterable(range(i * size, (i + 1) * size) for i in sorted(own))
-            assert read == step.examples[list(rows)].tolist()
+            assert read == step.parts[0].examples[list(rows)].tolist()
             seen += read
             for part, leaf in zip(jax.tree.leaves(local), jax.tree.leaves(whole), strict=True):
                 arrays.clear()
-                assert to_global(part, layout, step.examples.size) == leaf.shape
+                assert to_global(part, layout, step.parts[0].examples.size) == leaf.shape
                 for i in own:
                     block = leaf.shape[0] // 8
                     np.testing.assert_array_equal(arrays[0][mesh.devices.flat[i]], leaf[i * block : (i + 1) * block])
-        assert sorted(seen) == sorted(step.examples)
+        assert sorted(seen) == sorted(step.parts[0].examples)
         assert_holds(whole, expected.fields(step))
 
 

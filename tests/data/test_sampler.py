@@ -59,13 +59,14 @@ def make_plan(seed: int = 49, sources: list[Source] = SOURCES, **changes) -> Pla
 
 def as_value(plan: StepPlan) -> tuple:
     """All fields of a plan, arrays as lists."""
-    return tuple(value.tolist() if isinstance(value, np.ndarray) else value for value in vars(plan).values())
+    parts = [(part.source, part.examples.tolist(), part.texts.tolist()) for part in plan.parts]
+    return (*(value for name, value in vars(plan).items() if name != "parts"), parts)
 
 
 def order(plan: Plan, epoch: int) -> list[tuple[int, list[int]]]:
     start = epoch * plan.steps_per_epoch
     steps = [plan.step(number) for number in range(start, start + plan.steps_per_epoch)]
-    return [(step.source, step.examples.tolist()) for step in steps]
+    return [(step.parts[0].source, step.parts[0].examples.tolist()) for step in steps]
 
 
 def test_a_step_is_the_same_in_any_order_of_calls():
@@ -83,7 +84,7 @@ def test_a_step_is_the_same_in_any_order_of_calls():
 def test_a_step_is_not_changed_by_who_used_it_before():
     plan = make_plan()
     expected = as_value(plan.step(5))
-    plan.step(5).texts[:] = -1
+    plan.step(5).parts[0].texts[:] = -1
     assert as_value(plan.step(5)) == expected
 
 
@@ -108,8 +109,8 @@ def test_a_step_says_what_it_is():
         step = plan.step(number)
         assert step.number == number
         assert step.epoch == number // sum(BATCHES)
-        assert step.task == SOURCES[step.source].task
-        assert step.texts.shape == ((4, 5) if step.task == "ir" else (6, 1))
+        assert step.task == SOURCES[step.parts[0].source].task
+        assert step.parts[0].texts.shape == ((4, 5) if step.task == "ir" else (6, 1))
 
 
 def test_every_epoch_is_another_order_and_leaves_out_others():
@@ -135,7 +136,7 @@ def test_another_seed_is_another_order():
     # The seeds differ in the choice of texts, too, not in the order alone.
     one_batch = [make_source("tiny", "ir", 4, 9)]
     choices = [make_plan(seed, one_batch).step(0) for seed in (0, 1)]
-    by_example = [dict(zip(c.examples.tolist(), c.texts.tolist(), strict=True)) for c in choices]
+    by_example = [dict(zip(c.parts[0].examples.tolist(), c.parts[0].texts.tolist(), strict=True)) for c in choices]
     assert by_example[0] != by_example[1]
 
 
@@ -167,7 +168,7 @@ def test_each_text_is_used_once_before_any_repeats(counts, positives, negatives,
     )  # fmt: skip
     for number in range(2 * plan.steps_per_epoch):
         step = plan.step(number)
-        for example, chosen in zip(step.examples.tolist(), step.texts.tolist(), strict=True):
+        for example, chosen in zip(step.parts[0].examples.tolist(), step.parts[0].texts.tolist(), strict=True):
             own_positives, own_negatives = counts[example]
             assert_fair(chosen[:positives], 0, own_positives, positives)
             assert_fair(chosen[positives:], own_positives, own_negatives, negatives)
@@ -177,8 +178,8 @@ def test_no_negatives_wanted():
     plan = make_plan(negatives_per_query=0)
     for number in range(plan.steps_per_epoch):
         step = plan.step(number)
-        assert step.texts.shape[1] == (2 if step.task == "ir" else 1)
-        assert (step.texts >= 0).all()
+        assert step.parts[0].texts.shape[1] == (2 if step.task == "ir" else 1)
+        assert (step.parts[0].texts >= 0).all()
 
 
 def test_another_epoch_draws_other_texts():
@@ -188,7 +189,7 @@ def test_another_epoch_draws_other_texts():
     for epoch in range(30):
         step = plan.step(epoch)
         assert step.epoch == epoch
-        drawn.append(dict(zip(step.examples.tolist(), step.texts.tolist(), strict=True)))
+        drawn.append(dict(zip(step.parts[0].examples.tolist(), step.parts[0].texts.tolist(), strict=True)))
     for example in range(8):
         assert drawn[0][example] != drawn[1][example] or drawn[0][example] != drawn[2][example]
         # Nothing is favoured: in 30 epochs each text comes up.
@@ -198,7 +199,7 @@ def test_another_epoch_draws_other_texts():
 def test_draws_are_even():
     """4800 draws of one of four positives: each 1200 times, give or take five standard deviations of 30."""
     plan = make_plan(sources=[Source("a", "ir", make_index("ir", [4] * 24, [0] * 24))], ir_global_batch_size=24)
-    drawn = np.concatenate([plan.step(epoch).texts[:, 0] for epoch in range(200)])
+    drawn = np.concatenate([plan.step(epoch).parts[0].texts[:, 0] for epoch in range(200)])
     counts = np.bincount(drawn, minlength=4)
     assert counts.sum() == 4800
     assert (np.abs(counts - 1200) < 150).all()
@@ -206,9 +207,9 @@ def test_draws_are_even():
 
 def lengths_of(step: StepPlan) -> tuple[list[int], list[int]]:
     """Lengths of a step's queries and of its chosen texts, looked up one by one."""
-    index = SOURCES[step.source].index
+    index = SOURCES[step.parts[0].source].index
     queries, texts = [], []
-    for example, chosen in zip(step.examples, step.texts, strict=True):
+    for example, chosen in zip(step.parts[0].examples, step.parts[0].texts, strict=True):
         queries.append(int(index.query_tokens[example]))
         own = index.passage_tokens[index.passage_offsets[example] : index.passage_offsets[example + 1]].tolist()
         texts += [own[text] for text in chosen if text >= 0]

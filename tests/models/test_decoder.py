@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import AutoModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
+from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 import codiemb_jax
 from codiemb_jax.batch import Rows
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.models.embed import embed, embed_with_middle
-from codiemb_jax.models.rope import rotation
+from codiemb_jax.models.pooling import unit
 from codiemb_jax.training.mesh import make_mesh
 from codiemb_jax.training.model import open_model
+from tests.models.parity import as_rows, assert_same_hidden_states, open_folder, random_tokens, read_theirs
 
 TINY = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -27,7 +28,6 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 QUICKSTART = Path(codiemb_jax.__file__).parent / "quickstart"
-LENGTHS = (500, 7, 131, 1)
 
 
 def qwen3() -> Qwen3Model:
@@ -46,58 +46,16 @@ MODELS = {
 }
 
 
-def random_tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask [texts, longest] of texts of LENGTHS tokens, padded at the end."""
-    random = np.random.default_rng(0)
-    mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
-    return np.where(mask, random.integers(3, vocab_size, mask.shape), 0), mask
-
-
-def as_rows(tokens: np.ndarray, mask: np.ndarray) -> Rows:
-    positions = np.where(mask, np.arange(mask.shape[1]), 0)
-    return Rows(*(x.astype(np.int32) for x in (tokens, positions, mask, mask)))
-
-
-def open_folder(path, attention: str):
-    settings = ModelSettings(path=str(path), attention=attention, compute_dtype="float32")
-    return open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
-
-
-def assert_same_hidden_states(folder, attention: str, *, relative: bool = False, text: str | None = None) -> None:
-    """Every layer's hidden states within 1e-4 of transformers'.
-
-    relative: in units of the token's largest state where that is over 1.
-    text: what the longest of the texts begins with; None: random tokens.
-    """
-    theirs = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+def assert_same(folder: Path, attention: str, *, relative: bool = False, text: str | None = None) -> None:
+    """text: what the longest of the texts begins with; None: random tokens."""
+    theirs = read_theirs(folder)
     theirs.config.is_causal = attention == "causal"
     ours = open_folder(folder, attention)
     tokens, mask = random_tokens(ours.config.vocab_size)
     if text is not None:
         ids = ours.blueprint.tokenizer()(text, add_special_tokens=False)["input_ids"]
         tokens = np.where(mask, np.array(ids[: mask.shape[1]]), 0)
-    with torch.no_grad():
-        output = theirs(
-            torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask.astype(int)), output_hidden_states=True
-        )
-    rows = as_rows(tokens, mask)
-    model = nnx.merge(ours.graph, ours.load())
-    graph, weights = nnx.split(model.layers)
-    turn = rotation(ours.config.rope.inverse_frequencies(ours.config.head_dim), jnp.asarray(rows.positions))
-    layer = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x, rows.segments, *turn))
-    states = [model.embedding[...][tokens]]
-    for i in range(ours.config.layers):
-        states.append(layer(jax.tree.map(lambda weight, i=i: weight[i], weights), states[-1]))
-    middle = ours.config.layers // 2
-    final, tapped = jax.jit(lambda rows: model(rows, middle, lambda hidden: hidden))(rows)
-    # transformers' last hidden state is the final-normed one.
-    found = [*states[:-1], final, tapped]
-    expected = [*output.hidden_states[:-1], output.last_hidden_state, output.hidden_states[middle]]
-    for number, (ours_, theirs_) in enumerate(zip(found, expected, strict=True)):
-        theirs_ = theirs_.numpy()[mask]
-        scale = np.maximum(1, np.abs(theirs_).max(axis=-1, keepdims=True)) if relative else 1
-        error = np.abs(np.asarray(ours_)[mask] - theirs_) / scale
-        assert error.max() < 1e-4, f"state {number}"
+    assert_same_hidden_states(ours, theirs, tokens, mask, relative=relative)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
@@ -106,7 +64,7 @@ def test_hidden_states_are_those_of_transformers(name, attention, tmp_path, toke
     torch.manual_seed(0)
     MODELS[name]().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
-    assert_same_hidden_states(tmp_path, attention)
+    assert_same(tmp_path, attention)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
@@ -114,7 +72,7 @@ def test_hidden_states_of_smollm2_are_those_of_transformers(attention, smollm2):
     # It has tokens with a state of 900, where float32 numbers lie 6e-5 apart; a single layer of transformers in
     # float32 differs there from float64 by 1.9e-4 (ours: 3.4e-4).  Random tokens amplify rounding some sixtyfold.
     text = (QUICKSTART / "data" / "train" / "ir" / "encyclopedia.jsonl").read_text(encoding="utf-8")
-    assert_same_hidden_states(smollm2, attention, relative=True, text=text)
+    assert_same(smollm2, attention, relative=True, text=text)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
@@ -171,7 +129,7 @@ def test_bfloat16_stays_close_to_float32(tmp_path, tokenizer_files):
     for dtype in ("float32", "bfloat16"):
         settings = ModelSettings(path=str(tmp_path), compute_dtype=dtype)
         ours = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
-        vectors[dtype] = np.asarray(embed(nnx.merge(ours.graph, ours.load()), as_rows(tokens, mask)))
+        vectors[dtype] = np.asarray(unit(embed(nnx.merge(ours.graph, ours.load()), as_rows(tokens, mask))))
         assert vectors[dtype].dtype == np.float32
     cosine = np.sum(vectors["float32"] * vectors["bfloat16"], axis=1)
     assert cosine.min() > 0.995

@@ -6,10 +6,12 @@ The family is what `model_type` in config.json says, never guessed from a path.
 from typing import Any
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.models.families import llama, qwen3, utu
+from codiemb_jax.models.families import bert, granite, llama, minicpm, qwen3, utu, xlm_roberta
 from codiemb_jax.models.families.family import Family
 
-FAMILIES = {family.model_type: family for family in (llama.FAMILY, qwen3.FAMILY, utu.FAMILY)}
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY for module in (llama, qwen3, utu, minicpm, granite, bert, xlm_roberta)
+}
 
 
 def family_of(hf: dict[str, Any]) -> Family:

@@ -1,12 +1,14 @@
 """Llama (and SmolLM2): transformers' LlamaModel."""
 
-from functools import partial
-
-from codiemb_jax.models.families.family import LM_EXTRAS, Family, decoder_weights, read_decoder_config
+from codiemb_jax.models.decoder import Decoder
+from codiemb_jax.models.families.decoders import LM_EXTRAS, decoder_weights, read_decoder_config
+from codiemb_jax.models.families.family import Family
 
 FAMILY = Family(
     model_type="llama",
-    read_config=partial(read_decoder_config, qk_norm=False),
+    model=Decoder,
+    read_config=read_decoder_config,
+    prefix="model.",
     weights=decoder_weights(qk_norm=False),
     untrained=LM_EXTRAS,
     stock=lambda hf: hf,

@@ -1,0 +1,116 @@
+"""What decoder and encoder share: how a parameter is declared, dropout, and the scan over layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from codiemb_jax.batch import ROW_AXES, Rows
+from codiemb_jax.config import ModelSettings
+
+
+def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
+    """A matrix with named axes: shape, sharding names and initial values in one place."""
+    value = std * jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32)
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def ones(**axes: int) -> nnx.Param:
+    return nnx.Param(jnp.ones(tuple(axes.values()), jnp.float32), axes=tuple(axes))
+
+
+def zeros(**axes: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(tuple(axes.values()), jnp.float32), axes=tuple(axes))
+
+
+class Projection(nnx.Module):
+    """A learned linear layer, with the initial values of PyTorch's."""
+
+    def __init__(self, size: int, projected: int, rngs: nnx.Rngs):
+        bound = size**-0.5
+        kernel = jax.random.uniform(rngs.params(), (size, projected), jnp.float32, -bound, bound)
+        bias = jax.random.uniform(rngs.params(), (projected,), jnp.float32, -bound, bound)
+        self.kernel = nnx.Param(kernel, axes=("embed", "projected"))
+        self.bias = nnx.Param(bias, axes=("projected",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[…, size] -> […, projected]"""
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class TextModel(nnx.Module):
+    """Token ids -> hidden states; and how they become vectors (`embed.py`)."""
+
+    def __init__(self, hidden_size: int, layers: int, settings: ModelSettings, rngs: nnx.Rngs):
+        self.number_of_layers = layers
+        self.compute_dtype = jnp.dtype(settings.compute_dtype)
+        self.remat = settings.remat
+        self.pooling = settings.pooling
+        self.projection = Projection(hidden_size, settings.projection_dim, rngs) if settings.projection_dim else None
+
+    def __call__(
+        self, rows: Rows, tap_layer: int | jax.Array, tap: Callable[[jax.Array], Any], keys: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Final hidden states, [rows, tokens, embed] in the compute type, and what `tap` makes of the states after
+        layer `tap_layer` (before any final norm; 0: the embeddings).
+
+        `keys` are random keys [rows] of dropout; None: no dropout.  A row's own key makes what is dropped the same
+        however the rows are spread or chunked.
+        """
+        raise NotImplementedError
+
+
+def run_layers(
+    layers: nnx.Module,
+    count: int,
+    x: jax.Array,
+    *context: jax.Array,
+    tap_layer: int | jax.Array,
+    tap: Callable[[jax.Array], Any],
+    keys: jax.Array | None,
+    remat: str,
+) -> tuple[jax.Array, Any]:
+    """Runs `layers`, whose weights are stacked on a leading axis of `count`, in one `jax.lax.scan`.
+
+    A layer is called as layer(x, *context, keys=keys), the keys being its own.  `tap` runs inside the scan, so that
+    no layer's states need to be kept for it.
+    """
+    graph, weights = nnx.split(layers)
+
+    def layer(carry: tuple[jax.Array, Any], scanned: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
+        (x, tapped), (weights, number) = carry, scanned
+        x = nnx.merge(graph, weights)(x, *context, keys=fold(keys, number))
+        return (x, jax.lax.cond(number == tap_layer, tap, lambda _: tapped, x)), None
+
+    numbers = jnp.arange(1, count + 1)
+    (x, tapped), _ = jax.lax.scan(rematerialised(layer, remat), (x, tap(x)), (weights, numbers))
+    return x, tapped
+
+
+def rematerialised(body: Callable, remat: str) -> Callable:
+    """Wraps a scan's body so that its backward pass recomputes what `remat` (none, dots, full) says."""
+    if remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations spread by rows when a mesh is set, whatever the weights' sharding suggests."""
+    axes = tuple(axis for axis in ROW_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes)) if axes else x
+
+
+def fold(keys: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
+    """Each row's key for the part of the model that `number` names."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Zeroes entries of x [rows, …] with probability `rate` and scales the rest, each row by its own key."""
+    if keys is None or rate == 0.0:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
