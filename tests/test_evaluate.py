@@ -16,6 +16,7 @@ from codiemb_jax.encode import Embedder
 from codiemb_jax.errors import UserError
 from codiemb_jax.evaluate import evaluate, read_held_out
 from codiemb_jax.models.embed import embed
+from codiemb_jax.models.pooling import unit
 from codiemb_jax.training.mesh import make_mesh
 from codiemb_jax.training.model import open_model
 
@@ -45,7 +46,7 @@ def alone(model, text) -> np.ndarray:
     count = text.ids.size
     pooled = (np.arange(count) >= text.content)[None]
     rows = Rows(text.ids[None], np.arange(count)[None], np.ones((1, count), int), pooled)
-    return np.asarray(embed(nnx.merge(model[0].graph, model[0].load()), rows))[0]
+    return np.asarray(unit(embed(nnx.merge(model[0].graph, model[0].load()), rows)))[0]
 
 
 def test_a_vector_does_not_depend_on_its_company(model, encoder, embedder):

@@ -81,6 +81,29 @@ def test_trajectory_is_that_of_the_original(task, golden, tmp_path):
         assert line["tokens"] == golden_line["q_tokens"] + golden_line["p_tokens"] - missing
 
 
+@pytest.mark.parametrize("task", ["ir", "sts"])
+def test_trajectory_of_a_real_encoder_is_that_of_the_original(task, golden, minilm, tmp_path):
+    name = {"ir": "small_news", "sts": "small_questions"}[task]
+    settings = settings_of(
+        golden, tmp_path / "run",
+        model={"path": str(minilm), "pooling": "cls", "dropout": 0.0},
+        prompt={"begin": "[CLS]", "passage": "Passage: ", "end": "[SEP]"},
+        data={
+            task: [str(golden / "data" / f"{name}.jsonl")], "ir_global_batch_size": 4, "sts_global_batch_size": 8,
+            "negatives_per_query": 2, "query_max_tokens": 400, "passage_max_tokens": 400,
+        },
+        optimizer={"learning_rate": 1e-5, "warmup_steps": 1, "max_steps": 4},
+        mesh={"tensor": 2}, export=False,
+    )  # fmt: skip
+    lines = run(settings, tmp_path)
+    expected = json.loads((golden / f"bge_minilm_trajectory_{task}.json").read_text())
+    assert len(lines) == len(expected) == 4
+    for line, golden_line in zip(lines, expected, strict=True):
+        assert line["learning_rate"] == pytest.approx(golden_line["lr"], rel=1e-6)
+        assert line["loss"] == pytest.approx(golden_line["loss"], rel=5e-4)
+        assert line["grad_norm"] == pytest.approx(golden_line["grad_norm"], rel=1e-3)
+
+
 class Messages(logging.Handler):
     """Keeps what is logged."""
 

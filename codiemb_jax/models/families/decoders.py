@@ -86,7 +86,7 @@ def as_stock(hf: Mapping[str, Any], model_type: str, architecture: str) -> dict[
     """config.json under the name of an architecture that transformers itself knows, free of remote code."""
     checked = check_config(HFDecoder, hf)
     # Named in full, for where config.json is silent the other architecture has defaults of its own.
-    named = ("head_dim", "num_key_value_heads", "max_position_embeddings", "attention_dropout")
+    named = ("head_dim", "num_key_value_heads", "max_position_embeddings")
     return {
         **{name: value for name, value in hf.items() if name != "auto_map"},
         **{name: getattr(checked, name) for name in named},

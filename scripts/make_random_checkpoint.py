@@ -1,0 +1,76 @@
+"""Writes a Hugging Face folder of a model's true shape with random weights, one weight in memory at a time.
+
+    python scripts/make_random_checkpoint.py --shape youtu_embedding --output models/random_youtu
+
+Shapes are the files in codiemb_jax/shapes.  The tokenizer is that of the quickstart.
+"""
+
+import argparse
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import codiemb_jax
+from codiemb_jax.config import MeshSettings, ModelSettings
+from codiemb_jax.models.families import family_of
+from codiemb_jax.models.weights import NUMPY_TYPES, LazyArray, weight_names, write_weights
+from codiemb_jax.training.mesh import make_mesh
+from codiemb_jax.training.state import abstract_model
+
+PACKAGE = Path(codiemb_jax.__file__).parent
+SHAPES = {path.stem: path for path in sorted((PACKAGE / "shapes").glob("*.json"))}
+TYPES = {np.dtype(numpy).name: name for name, numpy in NUMPY_TYPES.items()}
+
+
+def random_weight(path: str, shape: tuple[int, ...], std: float, dtype: np.dtype) -> np.ndarray:
+    """Normal values, different for each weight; a norm's scale lies around 1."""
+    random = np.random.default_rng(list(path.encode()))
+    value = random.standard_normal(shape, np.float32)
+    value *= std
+    if "norm" in path and not path.endswith("bias"):
+        value += 1
+    return value.astype(dtype)
+
+
+def make(shape: str, output: Path, layers: int | None = None) -> None:
+    """Writes the folder; `layers` overrides the shape's own number."""
+    config = json.loads(SHAPES[shape].read_text(encoding="utf-8"))
+    if layers:
+        config["num_hidden_layers"] = layers
+    family = family_of(config)
+    mesh = make_mesh(MeshSettings(), jax.devices()[:1])
+    _, abstract = abstract_model(family, family.read_config(config), ModelSettings(path=shape), mesh)
+    dtype = np.dtype(NUMPY_TYPES[TYPES[config["torch_dtype"]]])
+
+    def lazy(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> LazyArray:
+        name = ".".join(key.key for key in path)
+        read = partial(random_weight, name, leaf.shape, config["initializer_range"], dtype)
+        return LazyArray(leaf.shape, dtype, read)
+
+    params = jax.tree_util.tree_map_with_path(lazy, abstract)
+    names = [name for w in family.weights for name in weight_names(w, "", config["num_hidden_layers"])]
+    output.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PACKAGE / "quickstart" / "model" / name, output)
+    write_weights(output, params, {}, family, "", dict.fromkeys(names, TYPES[dtype.name]))
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", required=True, choices=SHAPES)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--layers", type=int, help="default: as many as the model has")
+    options = parser.parse_args()
+    if options.output.exists():
+        parser.error(f"--output {options.output}: already exists; give a folder that does not")
+    make(options.shape, options.output, options.layers)
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()
