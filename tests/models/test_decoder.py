@@ -1,5 +1,7 @@
 """The decoder against transformers: hidden states of every layer, on weights written by transformers."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
+from transformers import GraniteConfig, GraniteModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 import codiemb_jax
 from codiemb_jax.batch import Rows
@@ -38,10 +40,20 @@ def llama(rope: dict) -> LlamaModel:
     return LlamaModel(LlamaConfig(**TINY, rope_parameters=rope))
 
 
+def granite() -> GraniteModel:
+    """As MiniCPM: 12 times the embeddings, 1.4 / sqrt(layers) times what each layer adds."""
+    scales = {"embedding_multiplier": 12.0, "residual_multiplier": 1.4 / 3**0.5, "attention_multiplier": 12**-0.5}
+    tiny = TINY | {"num_key_value_heads": 4, "initializer_range": 0.05}
+    return GraniteModel(
+        GraniteConfig(**tiny, **scales, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    )
+
+
 MODELS = {
     "qwen3": qwen3,
     "llama": lambda: llama({"rope_type": "default", "rope_theta": 10000.0}),
     "llama-llama3": lambda: llama(LLAMA3),
+    "granite": granite,
     "llama-linear": lambda: llama({"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
 }
 
@@ -65,6 +77,30 @@ def test_hidden_states_are_those_of_transformers(name, attention, tmp_path, toke
     MODELS[name]().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
     assert_same(tmp_path, attention)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_minicpm_is_granite_under_another_name(attention, tmp_path, tokenizer_files):
+    torch.manual_seed(0)
+    granite().save_pretrained(tmp_path / "granite")
+    stock = json.loads((tmp_path / "granite" / "config.json").read_text())
+    named = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "rope_parameters")
+    minicpm = {name: value for name, value in stock.items() if name not in named} | {
+        "model_type": "minicpm", "architectures": ["MiniCPMModel"], "scale_emb": 12, "scale_depth": 1.4,
+        "dim_model_base": 256, "rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float32",
+    }  # fmt: skip
+    shutil.copytree(tmp_path / "granite", tmp_path / "minicpm")
+    (tmp_path / "minicpm" / "config.json").write_text(json.dumps(minicpm))
+    tokenizer_files(tmp_path / "minicpm")
+    theirs = read_theirs(tmp_path / "granite")
+    theirs.config.is_causal = attention == "causal"
+    ours = open_folder(tmp_path / "minicpm", attention)
+    assert_same_hidden_states(ours, theirs, *random_tokens(300))
+    written = ours.family.stock(minicpm)
+    assert written["model_type"] == "granite"
+    for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+        assert written[name] == pytest.approx(stock[name], rel=1e-15)
+    assert not {"scale_emb", "scale_depth", "dim_model_base"} & set(written)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
