@@ -272,3 +272,86 @@ def test_data_sets_smaller_than_a_batch_are_named_with_the_setting():
         "  few: 3 examples, data.ir_global_batch_size is 4",
         "  pairs: 5 examples, data.sts_global_batch_size is 6",
     ]
+
+
+@HYPOTHESIS
+@given(share=st.decimals("0.001", "0.999", places=3), steps=st.integers(1, 400))
+def test_the_share_of_ir_steps_holds_at_every_step_count(share, steps):
+    plan = make_plan(ir_share=float(share))
+    tasks = [plan.step(number).task for number in range(steps)]
+    for count in range(1, steps + 1):
+        # Within one step of the share, and exact where it comes out even.
+        assert tasks[:count].count("ir") == int(share * count)
+
+
+def test_a_share_leaves_an_epoch_as_long_as_it_was_and_uses_data_evenly():
+    plan = make_plan(ir_share=0.75)
+    assert plan.steps_per_epoch == make_plan().steps_per_epoch == sum(BATCHES)
+    steps = [plan.step(number) for number in range(8 * 4 * 8)]  # 24 rounds of IR's 8 batches, 16 of STS' 4
+    assert [step.epoch for step in steps] == [number // 12 for number in range(256)]
+    for task, rounds, batches in (("ir", 24, 8), ("sts", 16, 4)):
+        own = [step.parts[0] for step in steps if step.task == task]
+        assert len(own) == rounds * batches
+        for turn in range(rounds):
+            seen = [(part.source, example) for part in own[turn * batches :][:batches] for example in part.examples]
+            assert len(set(seen)) == len(seen)  # no example twice before all batches of its task have had their turn
+            counts = [sum(part.source == place for part in own[turn * batches :][:batches]) for place in range(4)]
+            assert counts == (BATCHES[:2] + [0, 0] if task == "ir" else [0, 0] + BATCHES[2:])
+
+
+def test_a_share_as_it_is_written_is_meant():
+    plan = make_plan(ir_share=0.3)  # as a float a little less than three tenths
+    assert [plan.step(number).task for number in range(10)].count("ir") == 3
+
+
+def make_mixed(devices: int = 4, sources: list[Source] = SOURCES, size: int = 8, **changes) -> Plan:
+    sizes = {"ir_global_batch_size": size, "sts_global_batch_size": size}
+    values = MAX | WANTED | sizes | {"sampler": "mixed"} | changes
+    return Plan(sources, DataSettings(ir=["ir"], sts=["sts"], **values), 49, devices)
+
+
+def test_mixed_deals_every_device_a_batch_of_one_data_set():
+    plan = make_mixed()  # two examples a device: 11, 6, 10 and 3 batches of the four data sets
+    assert plan.steps_per_epoch == 30 // 4
+    tasks, met = set(), set()
+    for epoch in range(4):
+        seen = []
+        for number in range(epoch * 7, epoch * 7 + 7):
+            step = plan.step(number)
+            assert (step.task, step.epoch, step.size, len(step.parts)) == ("mixed", epoch, 8, 4)
+            for part in step.parts:
+                source = SOURCES[part.source]
+                assert part.texts.shape == (2, 5)
+                if source.task == "sts":
+                    assert part.texts.tolist() == [[0, -1, -1, -1, -1]] * 2
+                else:
+                    assert (part.texts[:, :2] >= 0).all()
+                seen += [(part.source, example) for example in part.examples]
+            met.add(tuple(part.source for part in step.parts))
+            tasks.add(tuple(sorted({SOURCES[part.source].task for part in step.parts})))
+        assert len(set(seen)) == len(seen) == 7 * 8
+    assert ("ir", "sts") in tasks  # tasks do differ within a step
+    assert len(met) > 10
+
+
+def test_mixed_rows_hold_the_longest_text_of_any_device():
+    plan = make_mixed()
+    for number in range(3 * plan.steps_per_epoch):
+        step = plan.step(number)
+        queries, texts = [], []
+        for part in step.parts:
+            index = SOURCES[part.source].index
+            queries += index.query_tokens[part.examples].tolist()
+            for example, chosen in zip(part.examples, part.texts, strict=True):
+                texts += [int(index.passage_tokens[index.passage_offsets[example] + j]) for j in chosen if j >= 0]
+        assert step.query_row == shortest_allowed(max(queries), 64)
+        assert step.passage_row == shortest_allowed(max(texts), 200)
+        assert step.tokens == sum(queries) + sum(texts)
+        assert step.computed_tokens == 8 * step.query_row + 40 * step.passage_row
+
+
+def test_mixed_needs_a_batch_for_every_device():
+    with pytest.raises(UserError, match="mixed needs a batch for each of the 4 devices"):
+        make_mixed(sources=[make_source("few", "ir", 7, 1)])
+    with pytest.raises(UserError, match="few: 1 examples, a device's part of data.ir_global_batch_size is 2"):
+        make_mixed(sources=[make_source("few", "ir", 1, 1), make_source("enough", "ir", 9, 1)])

@@ -1,10 +1,13 @@
 """Loss and gradient do not depend on how many devices there are, how weights are split, or on chunks."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
 from codiemb_jax.config import Settings
 from codiemb_jax.data.loader import batches
@@ -55,9 +58,9 @@ def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]]
     lines = []
     with jax.set_mesh(mesh):
         layout = TrainState(model.abstract, abstract_opt_state(optimizer, model.abstract))
-        params = model.load()
+        params = model.load(settings.seed)
         state = TrainState(params, initial_opt_state(optimizer, params))
-        step = make_step(model.graph, optimizer, schedule, settings, mesh, layout)
+        step = make_step(model.graph, optimizer, schedule, settings, mesh, layout, model.config.has_dropout)
         for step_plan, batch in batches(plan, data_sets, by_row(mesh), start=0, stop=STEPS):
             state, metrics = step(state, np.int32(step_plan.number), batch)
             values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
@@ -117,3 +120,51 @@ def test_it_compiles_once_a_task_and_shape(golden, cache):
     assert compiled == len(met)
     assert len(met) > 2
     assert len(met) < len(lines)
+
+
+@pytest.fixture(scope="module")
+def bert(golden, tmp_path_factory):
+    """A tiny BERT that drops a tenth of everything, with the tokenizer of the golden model."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=2000, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.1,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(golden / "youtu_tiny" / name, folder)
+    return folder
+
+
+def with_dropout(golden, bert, chunks: int, **mesh: int) -> Settings:
+    settings = settings_of(golden, chunks, None, **mesh)
+    changes = {"path": str(bert), "pooling": "cls", "projection_dim": 24}
+    return settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
+
+
+def test_dropout_and_projection_do_not_depend_on_devices_or_chunks(golden, cache, bert):
+    expected, _ = run(with_dropout(golden, bert, 1), 1, cache)
+    for devices, chunks, mesh in ((4, 2, {}), (8, 1, {"fsdp": 2, "tensor": 2})):
+        found, _ = run(with_dropout(golden, bert, chunks, **mesh), devices, cache)
+        for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5 if number == 0 else 1e-3), number
+
+
+def test_dropout_is_another_each_step_and_the_same_for_the_same_seed(golden, cache, bert):
+    def losses(dropout: float | None = None) -> list[float]:
+        settings = with_dropout(golden, bert, 1)
+        changes = {
+            "model": settings.model.model_copy(update={"dropout": dropout}),
+            "data": settings.data.model_copy(update={"sts": []}),  # one batch, the same at every step
+            "optimizer": settings.optimizer.model_copy(update={"learning_rate": 0.0}),
+        }
+        lines, _ = run(settings.model_copy(update=changes), 1, cache)
+        return [line["loss"] for line in lines]
+
+    once = losses()
+    assert len(set(once)) == STEPS
+    assert losses() == once
+    still = losses(dropout=0.0)
+    assert np.ptp(still) < 1e-5
+    assert np.std(once) > 1e-3
