@@ -233,16 +233,6 @@ class Settings(BaseSettings):
     """Write a Hugging Face folder to output_dir/export at the end."""
 
     @model_validator(mode="after")
-    def _exportable(self) -> "Settings":
-        begins = [name for name in ("begin", "query", "passage") if getattr(self.prompt, name)]
-        if self.export and self.model.pooling == "weighted_mean" and begins:
-            raise ValueError(
-                "sentence-transformers counts the weights of a weighted_mean from the prompt's first token, we from "
-                f"the content's: set export to false, or {' and '.join(f'prompt.{name}' for name in begins)} to nothing"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _pools(self) -> "Settings":
         batch, pool = self.data.ir_global_batch_size, self.objective.ir_pool_size
         if self.data.ir and pool and batch % pool:

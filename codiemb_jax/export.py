@@ -42,6 +42,17 @@ PROBES = (
 """Texts over which an export is tried; the longest has some 500 tokens, for short ones hide errors of RoPE."""
 
 
+def check_exportable(blueprint: Blueprint) -> None:
+    """UserError if sentence-transformers would make other vectors than ours."""
+    begins = [f"prompt.{name}" for name in ("begin", "query", "passage") if blueprint.prompt[name]]
+    if blueprint.encoding["pooling"] == "weighted_mean" and begins:
+        raise UserError(
+            "model.pooling: weighted_mean cannot be exported with prompts: sentence-transformers counts the weights "
+            "1, 2, 3 … from the prompt's first token, we from the content's; set "
+            f"{' and '.join(begins)} to nothing, or export to false"
+        )
+
+
 def write_export(
     folder: Path, params: Params, untrained: Mapping[str, Any], blueprint: Blueprint, *, stock: bool
 ) -> None:
@@ -50,6 +61,7 @@ def write_export(
     stock: as the architecture that transformers itself knows (utu becomes Qwen3); else config.json and the
     model's own code files stay as they came.
     """
+    check_exportable(blueprint)
     temporary = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -27,7 +27,7 @@ from codiemb_jax.data.sampler import Plan, Source, StepPlan
 from codiemb_jax.encode import Embedder
 from codiemb_jax.errors import UserError, listed, run_program
 from codiemb_jax.evaluate import Figures, HeldOut, evaluate, read_held_out
-from codiemb_jax.export import write_export
+from codiemb_jax.export import check_exportable, write_export
 from codiemb_jax.files import write_whole
 from codiemb_jax.models.weights import Params
 from codiemb_jax.training.checkpoint import Checkpoints, has_checkpoints
@@ -70,6 +70,8 @@ def train(settings: Settings) -> None:
     check_batches(settings, row_shards(mesh))
     longest = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
     model = open_model(settings.model, settings.prompt, mesh, longest)
+    if settings.export:
+        check_exportable(model.blueprint)
     encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
     held_out = read_held_out(settings.evaluation, encoder, longest)
     data_sets = prepare_data(settings, encoder)

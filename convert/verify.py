@@ -51,9 +51,11 @@ def verify(folder: Path, model: ModelFolder) -> bool:
         # What sentence-transformers pools: our ids, the number of tokens that it leaves out.
         features = [theirs.preprocess([text], prompt=export_prompts(prompt)[kind] or None) for text in PROBES]
         left_out = [int(feature.get("prompt_length", 0)) for feature in features]
+        if model.blueprint.encoding["pooling"] in ("cls", "last_token"):
+            left_out = [text.content for text in tokens]  # it leaves nothing out, and neither do we
         as_theirs = [text._replace(content=count) for text, count in zip(tokens, left_out, strict=True)]
-        cosine = np.sum(embedder.encode(tokens) * vectors, axis=1)
-        same_tokens_cosine = np.sum(embedder.encode(as_theirs) * vectors, axis=1)
+        cosine = _cosine(embedder.encode(tokens), vectors)
+        same_tokens_cosine = _cosine(embedder.encode(as_theirs), vectors)
         for i, text in enumerate(PROBES):
             same_ids = features[i]["input_ids"][0].tolist() == tokens[i].ids.tolist()
             beside = tokens[i].content - left_out[i]
@@ -75,6 +77,10 @@ def verify(folder: Path, model: ModelFolder) -> bool:
     if len(off_by_one) > len(PROBES) / 2:
         console.print("the number of prompt tokens fits fewer than half of the queries")
     return not wrong and len(off_by_one) <= len(PROBES) / 2
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.sum(one * other, axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
 
 
 def as_written(model: ModelFolder) -> Params:

@@ -6,19 +6,35 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3Model
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    GraniteConfig,
+    GraniteModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3Model,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
 
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.data.prompts import PromptEncoder
 from codiemb_jax.data.records import Triple
+from codiemb_jax.encode import Embedder
 from codiemb_jax.errors import UserError
+from codiemb_jax.export import write_export
 from codiemb_jax.models.blueprint import Blueprint
+from codiemb_jax.models.weights import LazyArray
 from codiemb_jax.training.checkpoint import restore_blueprint, save_model
 from codiemb_jax.training.mesh import make_mesh
 from codiemb_jax.training.model import open_model
@@ -42,55 +58,88 @@ TEXTS = [
     "Who wrote the book that was read by everyone in the year 1924?",
 ]
 MARK = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nraise RuntimeError('it was run')\n"
-KINDS = ("utu", "qwen3", "llama")
+KINDS = ("utu", "qwen3", "llama", "minicpm", "bert", "xlm-roberta")
+ROPE = {"rope_type": "default", "rope_theta": 1.6e6}
+ENCODERS = {
+    "bert": (BertModel, BertConfig, {}),
+    "xlm-roberta": (
+        XLMRobertaForMaskedLM,
+        XLMRobertaConfig,
+        {"max_position_embeddings": 643, "type_vocab_size": 1, "pad_token_id": 2},
+    ),
+}
 
 
 def write_model(folder: Path, kind: str) -> None:
-    """A random model: utu in float32 with remote code, Qwen3 in bfloat16, Llama with GQA and a head of its own."""
+    """A random model: utu and MiniCPM in float32 with remote code, Qwen3 in bfloat16, Llama with grouped queries and
+    a head of its own, BERT with a pooler, XLM-RoBERTa with a head and prefixed names."""
     torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 1.6e6}
-    if kind == "llama":
+    if kind in ENCODERS:
+        make, config, own = ENCODERS[kind]
+        model = make(config(**TINY | own))
+    elif kind == "llama":
         config = LlamaConfig(
-            **TINY, num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters=rope, tie_word_embeddings=False
+            **TINY, num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters=ROPE, tie_word_embeddings=False
         )
-        LlamaForCausalLM(config).save_pretrained(folder)
+        model = LlamaForCausalLM(config)
+    elif kind == "minicpm":
+        scales = {"embedding_multiplier": 12.0, "residual_multiplier": 1.4 / 2**0.5, "attention_multiplier": 12**-0.5}
+        tiny = TINY | {"initializer_range": 0.05}
+        model = GraniteModel(
+            GraniteConfig(**tiny, num_key_value_heads=4, rms_norm_eps=1e-6, rope_parameters=ROPE, **scales)
+        )
     else:
         heads = {"utu": 4, "qwen3": 2}[kind]
-        config = Qwen3Config(**TINY, num_key_value_heads=heads, head_dim=16, rms_norm_eps=1e-6, rope_parameters=rope)
+        config = Qwen3Config(**TINY, num_key_value_heads=heads, head_dim=16, rms_norm_eps=1e-6, rope_parameters=ROPE)
         model = Qwen3Model(config)
-        for name, weight in model.named_parameters():
-            if "norm" in name:  # all ones otherwise
-                torch.nn.init.uniform_(weight, 0.5, 1.5)
-        model.to(torch.bfloat16 if kind == "qwen3" else torch.float32).save_pretrained(folder)
-    if kind == "utu":
-        as_utu(folder)
+    for name, weight in model.named_parameters():
+        if "norm" in name.lower() and name.endswith("weight"):  # all ones otherwise
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+        elif name.endswith("bias"):  # all zeros otherwise
+            torch.nn.init.normal_(weight, 0.0, 0.2)
+    model.to(torch.bfloat16 if kind == "qwen3" else torch.float32).save_pretrained(folder)
+    if kind in ("utu", "minicpm"):
+        as_published(folder, kind)
 
 
-def as_utu(folder: Path) -> None:
-    """Turns the saved Qwen3 into a utu checkpoint as it is published: other type, remote code, transformers 4 keys."""
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                **TINY,
-                "num_key_value_heads": 4,
-                "head_dim": 16,
-                "rms_norm_eps": 1e-6,
-                "rope_theta": 1.6e6,
-                "rope_scaling": None,
-                "hidden_act": "silu",
-                "model_type": "utu",
-                "architectures": ["UTUModel"],
-                "auto_map": {"AutoConfig": "configuration_utu.UTUConfig", "AutoModel": "modeling_utu.UTUModel"},
-                "mlp_bias": False,
-                "attention_bias": False,
-                "pretraining_tp": 1,
-                "torch_dtype": "float32",
-                "transformers_version": "4.51.3",
-            }
-        )
-    )
-    (folder / "modeling_utu.py").write_text(MARK)
-    (folder / "configuration_utu.py").write_bytes(MARK.encode() + b"# \xe4\xb8\xad\r\n")
+OWN = {
+    "utu": {"head_dim": 16, "model_type": "utu", "architectures": ["UTUModel"], "mlp_bias": False},
+    "minicpm": {
+        "model_type": "minicpm", "architectures": ["MiniCPMModel"], "scale_emb": 12, "scale_depth": 1.4,
+        "dim_model_base": 256,
+    },
+}  # fmt: skip
+STOCK = {
+    "utu": {
+        "model_type": "qwen3", "architectures": ["Qwen3Model"], "layer_types": ["full_attention"] * 2,
+        "use_sliding_window": False,
+    },
+    "minicpm": {
+        "model_type": "granite", "architectures": ["GraniteModel"], "head_dim": 12, "embedding_multiplier": 12.0,
+        "residual_multiplier": 1.4 / 2**0.5, "attention_multiplier": 12**-0.5, "logits_scaling": 1.0,
+    },
+}  # fmt: skip
+
+
+def as_published(folder: Path, kind: str) -> None:
+    """Turns the saved model into a checkpoint as it is published: other type, remote code, transformers 4 keys."""
+    config = {
+        **TINY,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1.6e6,
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "auto_map": {"AutoConfig": f"configuration_{kind}.Config", "AutoModel": f"modeling_{kind}.Model"},
+        "attention_bias": False,
+        "pretraining_tp": 1,
+        "torch_dtype": "float32",
+        "transformers_version": "4.51.3",
+        **OWN[kind],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / f"modeling_{kind}.py").write_text(MARK)
+    (folder / f"configuration_{kind}.py").write_bytes(MARK.encode() + b"# \xe4\xb8\xad\r\n")
 
 
 def ran(folder: Path) -> list[Path]:
@@ -189,14 +238,13 @@ def test_weights_are_those_of_the_model(converted):
 
 def test_config_is_that_of_the_model_but_for_its_attention(converted):
     came, went = (json.loads((folder / "config.json").read_text()) for folder in (converted.model, converted.export))
-    assert went.pop("is_causal") is False
-    assert went.pop("use_bidirectional_attention") is True
-    if converted.kind == "utu":
-        assert went.pop("layer_types") == ["full_attention"] * 2
-        assert went.pop("use_sliding_window") is False
-        assert went.pop("model_type") == "qwen3"
-        assert went.pop("architectures") == ["Qwen3Model"]
-        for name in ("auto_map", "model_type", "architectures"):
+    if converted.kind not in ENCODERS:
+        assert went.pop("is_causal") is False
+        assert went.pop("use_bidirectional_attention") is True
+    if stock := STOCK.get(converted.kind):
+        for name, value in stock.items():
+            assert went.pop(name) == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), name
+        for name in {"auto_map", "scale_emb", "scale_depth", "dim_model_base", *stock} & set(came):
             del came[name]
     assert went == came
     assert "auto_map" not in went
@@ -325,6 +373,109 @@ def test_causal_attention(utu, tmp_path):
     assert not first_token_sees_the_last(tmp_path / "export")
     model = sentence_transformer(tmp_path / "export")
     assert_same_vectors(model.encode_query(TEXTS), reference(tmp_path / "export", utu.model, TEXTS, QUERY))
+
+
+def test_minicpm_in_the_original_layout(convert, tmp_path):
+    made = convert("minicpm")
+    orbax_to_hf(["--checkpoint", str(made.checkpoint), "--output", str(tmp_path / "export")])
+    went = json.loads((tmp_path / "export" / "config.json").read_text())
+    came = json.loads((made.model / "config.json").read_text())
+    assert went == came | {"is_causal": False, "use_bidirectional_attention": True}
+    assert (tmp_path / "export" / "modeling_minicpm.py").read_bytes() == (
+        made.model / "modeling_minicpm.py"
+    ).read_bytes()
+    assert ran(tmp_path) == ran(made.folder) == []
+
+
+def test_an_exported_minicpm_is_read_again(convert, tmp_path):
+    """As Granite, the name under which transformers knows it."""
+    made = convert("minicpm")
+    hf_to_orbax(["--model", str(made.export), "--output", str(tmp_path / "orbax")])
+    export(tmp_path / "orbax", tmp_path / "export")
+    assert_same_weights(tmp_path / "export", made.model)
+
+
+POOLINGS = {
+    "mean": "mean_tokens",
+    "cls": "cls_token",
+    "last_token": "lasttoken",
+    "weighted_mean": "weightedmean_tokens",
+}
+WRAPPED = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "prompt"),
+    [
+        ("bert", {"pooling": "cls"}, WRAPPED),
+        ("xlm-roberta", {"pooling": "mean"}, WRAPPED),
+        ("xlm-roberta", {"pooling": "last_token", "normalize": False}, WRAPPED),
+        ("minicpm", {"pooling": "weighted_mean"}, PromptSettings(query="", end="</s>")),
+        ("utu", {"pooling": "cls", "projection_dim": 20}, PromptSettings()),
+        ("bert", {"pooling": "mean", "projection_dim": 64, "normalize": False}, WRAPPED),
+        ("llama", {"pooling": "last_token", "attention": "causal"}, WRAPPED),
+    ],
+    ids=str,
+)
+def test_every_pooling_and_projection_in_sentence_transformers(kind, settings, prompt, convert, tmp_path):
+    made = convert(kind)
+    mesh = make_mesh(MeshSettings(), jax.devices()[:1])
+    model = open_model(ModelSettings(path=str(made.model), compute_dtype="float32", **settings), prompt, mesh, 600)
+    write_export(tmp_path / "export", params := model.load(7), {}, model.blueprint, stock=True)
+    names = ["Transformer", "Pooling", *["Dense"] * ("projection_dim" in settings)]
+    names += ["Normalize"] * settings.get("normalize", True)
+    modules = json.loads((tmp_path / "export" / "modules.json").read_text())
+    assert [module["type"].split(".")[-1] for module in modules] == names
+    pooling = json.loads((tmp_path / "export" / "1_Pooling" / "config.json").read_text())
+    assert [name for name in pooling if pooling[name] is True and name != "include_prompt"] == [
+        f"pooling_mode_{POOLINGS[settings['pooling']]}"
+    ]
+    theirs = sentence_transformer(tmp_path / "export")
+    texts = [text.strip() for text in TEXTS]
+    encoder = PromptEncoder(model.blueprint.tokenizer(), prompt)
+    ours = Embedder(
+        model.graph, encoder, mesh, 600, prompt.default_instruction, settings.get("normalize", True)
+    ).with_params(params)
+    instruction = prompt.default_instruction if prompt.query else ""
+    queries, documents = ours.encode_query(texts, instruction), ours.encode_document(texts)
+    assert queries.shape == (5, settings.get("projection_dim", 48))
+    np.testing.assert_allclose(theirs.encode_query(texts), queries, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(theirs.encode_document(texts), documents, atol=1e-4, rtol=1e-4)
+    lengths = np.linalg.norm(queries, axis=1)
+    assert np.allclose(lengths, 1, atol=1e-5) == settings.get("normalize", True)
+
+
+def test_a_projection_survives_a_checkpoint_and_is_random_by_seed(utu, tmp_path):
+    mesh = make_mesh(MeshSettings(fsdp=2))
+    settings = ModelSettings(path=str(utu.model), projection_dim=20)
+    model = open_model(settings, PromptSettings(), mesh)
+    one, same, other = model.load(1), model.load(1), model.load(2)
+    kernel = np.asarray(one["projection"]["kernel"])
+    assert np.asarray(same["projection"]["kernel"]).tobytes() == kernel.tobytes()
+    assert not np.allclose(np.asarray(other["projection"]["kernel"]), kernel)
+    bound = 48**-0.5  # of PyTorch's Linear
+    assert np.abs(kernel).max() <= bound
+    assert np.std(kernel) == pytest.approx(bound / 3**0.5, rel=0.05)
+    as_lazy = jax.tree.map(lambda leaf: LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf)), one)
+    save_model(tmp_path / "orbax", as_lazy, {}, model.blueprint)
+    again = open_model(settings.model_copy(update={"path": str(tmp_path / "orbax")}), PromptSettings(), mesh)
+    assert np.asarray(again.load(9)["projection"]["kernel"]).tobytes() == kernel.tobytes()
+    written = tmp_path / "export"
+    orbax_to_hf(
+        ["--checkpoint", str(tmp_path / "orbax"), "--output", str(written), "--architecture", "stock", "--verify"]
+    )
+    dense = load_file(written / "2_Dense" / "model.safetensors")
+    assert dense["linear.weight"].tobytes() == np.ascontiguousarray(kernel.T).tobytes()
+    for dim in (None, 21):
+        with pytest.raises(UserError, match="was trained with a projection to 20; set it to 20"):
+            open_model(ModelSettings(path=str(tmp_path / "orbax"), projection_dim=dim), PromptSettings(), mesh)
+
+
+def test_a_weighted_mean_with_prompts_is_not_exported(convert, tmp_path):
+    make_checkpoint(convert("minicpm").model, tmp_path / "orbax", WRAPPED, pooling="weighted_mean")
+    with pytest.raises(UserError, match=r"set prompt\.begin and prompt\.query and prompt\.passage to nothing"):
+        orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
+    assert not (tmp_path / "export").exists()
 
 
 def change_a_weight(export: Path) -> None:

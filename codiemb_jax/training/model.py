@@ -104,7 +104,14 @@ def open_model(
         )
     if settings.attention == "causal" and family.model is Encoder:
         raise UserError(f"model.attention: causal needs a decoder; a {family.model_type} model is bidirectional")
-    largest = max(blueprint.tokenizer().get_vocab().values())
+    tokenizer = blueprint.tokenizer()
+    if isinstance(config, EncoderConfig) and config.first_position not in (0, (tokenizer.pad_token_id or 0) + 1):
+        raise UserError(
+            f"{path}: positions of a {family.model_type} model start after the padding id, which is "
+            f"{config.first_position - 1} in config.json (pad_token_id) but {tokenizer.pad_token_id} in the tokenizer; "
+            "make them agree"
+        )
+    largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has a token with id {largest}, but the model only {config.vocab_size} embeddings "

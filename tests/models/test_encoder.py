@@ -30,7 +30,11 @@ def write(folder: Path, kind: str, activation: str = "gelu") -> None:
         model = BertForPreTraining(BertConfig(**TINY, tie_word_embeddings=False))
     else:
         config = XLMRobertaConfig(
-            **TINY | {"max_position_embeddings": 514}, hidden_act=activation, layer_norm_eps=1e-5, type_vocab_size=1
+            **TINY | {"max_position_embeddings": 515},
+            hidden_act=activation,
+            layer_norm_eps=1e-5,
+            type_vocab_size=1,
+            pad_token_id=2,
         )
         model = XLMRobertaForMaskedLM(config)
     for name, weight in model.named_parameters():
