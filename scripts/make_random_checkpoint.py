@@ -10,6 +10,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,11 +37,9 @@ def random_weight(path: str, shape: tuple[int, ...], std: float, dtype: np.dtype
     return value.astype(dtype)
 
 
-def make(shape: str, output: Path, layers: int | None = None) -> None:
-    """Writes the folder; `layers` overrides the shape's own number."""
-    config = json.loads(SHAPES[shape].read_text(encoding="utf-8"))
-    if layers:
-        config["num_hidden_layers"] = layers
+def make(shape: str, output: Path, **changes: Any) -> None:
+    """Writes the folder; `changes` are keys of config.json that differ from the shape's own."""
+    config = json.loads(SHAPES[shape].read_text(encoding="utf-8")) | changes
     family = family_of(config)
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
     _, abstract = abstract_model(family, family.read_config(config), ModelSettings(path=shape), mesh)
@@ -68,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.output.exists():
         parser.error(f"--output {options.output}: already exists; give a folder that does not")
-    make(options.shape, options.output, options.layers)
+    make(options.shape, options.output, **{"num_hidden_layers": options.layers} if options.layers else {})
     print(f"wrote {options.output}")
 
 

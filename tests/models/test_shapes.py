@@ -49,7 +49,7 @@ def test_parameters_are_those_of_the_published_model(shape):
 @pytest.mark.parametrize("shape", ["youtu_embedding", "minicpm_embedding"])
 def test_two_layers_of_full_width_are_those_of_transformers(shape, tmp_path):
     folder = tmp_path / "model"
-    make(shape, folder, layers=2)
+    make(shape, folder, num_hidden_layers=2)
     ours = open_folder(folder)
     stock = ours.family.stock(ours.blueprint.config)
     theirs = AutoModel.from_pretrained(
