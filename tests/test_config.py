@@ -331,3 +331,34 @@ def test_yaml_makes_no_objects(tmp_path):
     with pytest.raises(UserError, match="not valid YAML"):
         load_settings(tmp_path / "settings.yaml")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value"),
+    [
+        ("model", "pooling", "weighted_mean"), ("model", "pooling", "cls"), ("model", "pooling", "last_token"),
+        ("model", "normalize", False), ("model", "projection_dim", 256), ("model", "dropout", 0.1),
+        ("data", "sampler", "mixed"),
+    ],
+)  # fmt: skip
+def test_settings_of_the_ablations_are_taken(section, setting, value, load):
+    found = load(LEAST, f"--{section}.{setting}", str(value).lower())
+    assert getattr(getattr(found, section), setting) == value
+
+
+def test_a_share_needs_steps_of_both_tasks(load, refused):
+    both = LEAST + "  sts: [sts.jsonl]\n"
+    assert load(both, "--data.ir_share", "0.25").data.ir_share == 0.25
+    (problem,) = refused(LEAST + "  ir_share: 0.25\n")[1:]
+    assert problem.startswith("  FILE:4: data: ir_share needs data of both tasks")
+    text = both + "  ir_share: 0.25\n  sampler: mixed\n  sts_global_batch_size: 224\n"
+    (problem,) = refused(text)[1:]
+    assert problem.startswith("  FILE:4: data: ir_share needs steps of one task each")
+    for share in ("0", "1", "-0.5", "nan"):
+        (problem,) = refused(both, "--data.ir_share", share)[1:]
+        assert problem.startswith("  --data.ir_share: ")
+
+
+def test_the_mixed_sampler_has_one_batch_size(refused):
+    (problem,) = refused(LEAST + "  sts: [sts.jsonl]\n  sampler: mixed\n")[1:]
+    assert problem.startswith("  FILE:4: data: sampler: mixed has one batch size")

@@ -29,9 +29,9 @@ MIXED = ("F32", "F16", "BF16")
 CONFIG: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 64, "attention_multiplier": 8**-0.5,
 }  # fmt: skip
-FAMILIES = ("utu", "qwen3", "llama")
+FAMILIES = ("utu", "qwen3", "llama", "minicpm", "granite")
 
 Weights = dict[str, np.ndarray]
 
@@ -53,7 +53,7 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "mlp.up_proj": (mlp, width),
             "mlp.down_proj": (width, mlp),
         }
-        if config["model_type"] != "llama":
+        if config["model_type"] in ("utu", "qwen3"):
             names |= {"self_attn.q_norm": (dim,), "self_attn.k_norm": (dim,)}
         shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in names.items()}
     return shapes
@@ -110,8 +110,11 @@ def assert_bitwise(found: Weights, expected: Weights) -> None:
         assert found[name].tobytes() == value.tobytes(), name
 
 
-def open_folder(folder: Path, mesh: MeshSettings | None = None, **settings: Any) -> ModelFolder:
-    return open_model(ModelSettings(path=str(folder), **settings), PromptSettings(), make_mesh(mesh or MeshSettings()))
+def open_folder(
+    folder: Path, mesh: MeshSettings | None = None, max_tokens: int | None = None, **settings: Any
+) -> ModelFolder:
+    model = ModelSettings(path=str(folder), **settings)
+    return open_model(model, PromptSettings(), make_mesh(mesh or MeshSettings()), max_tokens)
 
 
 def write_again(model: ModelFolder, folder: Path, **options: int) -> None:
@@ -160,7 +163,7 @@ def test_the_weights_are_where_they_belong(family, make):
         "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
         "up": "mlp.up_proj", "down": "mlp.down_proj",
     }  # fmt: skip
-    if family != "llama":
+    if family in ("utu", "qwen3"):
         ours |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
     assert params["layers"].keys() == ours.keys()
     for name, theirs in ours.items():
@@ -427,6 +430,11 @@ def test_what_is_not_supported_is_told_with_what_is(what, make):
 
 
 UNUSABLE = {
+    "Granite's attention": (
+        {"model_type": "granite", "attention_multiplier": 0.5},
+        ("attention_multiplier 0.5 is not supported", "head_dim ** -0.5"),
+    ),
+    "MiniCPM's scale": ({"model_type": "minicpm", "scale_depth": 0}, ("scale_depth", "greater than 0")),
     "activation": ({"hidden_act": "gelu"}, ("hidden_act", "'silu'", "'gelu'")),
     "attention bias": ({"attention_bias": True}, ("attention_bias", "False", "True")),
     "MLP bias": ({"mlp_bias": True}, ("mlp_bias", "False", "True")),
