@@ -77,7 +77,10 @@ def batch_loss(
     if isinstance(batch, STSBatch):
         sts = partial(sts_objective, settings=settings.objective, axes=ROW_AXES)
         return objectives(sts)(first, second, middle, batch.scores)
-    mixed = partial(mixed_objective, settings=settings.objective, axes=ROW_AXES)
+    # The pools of a task without data need not divide anything.
+    pools = {"ir_pool_size": settings.data.ir, "sts_list_size": settings.data.sts}
+    unused = {name: None for name, paths in pools.items() if not paths}
+    mixed = partial(mixed_objective, settings=settings.objective.model_copy(update=unused), axes=ROW_AXES)
     return objectives(mixed)(first, second, middle, batch.present, batch.scores, batch.is_ir)
 
 
