@@ -134,7 +134,7 @@ class ObjectiveSettings(Section):
     """Weight of the PRO loss."""
     mid_info_nce_weight: NonNegative = 1.0
     """Weight of InfoNCE on the middle layer; 0: off."""
-    mid_info_nce_threshold: float = 1.0
+    mid_info_nce_threshold: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Pairs with at least this score are positives of the middle layer's InfoNCE."""
 
 
@@ -216,8 +216,8 @@ class Settings(BaseSettings):
 
     output_dir: Path
     """Folder of everything the run leaves."""
-    seed: Annotated[int, Field(ge=0)] = 49
-    """Seed of the data order and of every choice."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 49
+    """Seed of the data order, of every choice, of dropout and of a new projection."""
     model: ModelSettings
     prompt: PromptSettings = PromptSettings()
     data: DataSettings

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
-from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax import __version__
@@ -17,10 +15,12 @@ from codiemb_jax.config import PromptSettings
 from codiemb_jax.data.prompts import PromptEncoder
 from codiemb_jax.data.records import Triple
 from codiemb_jax.errors import UserError
+from codiemb_jax.files import write_json
 from codiemb_jax.models.blueprint import Blueprint, write_files
 from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.models.families import family_of
 from codiemb_jax.models.families.family import Family
+from codiemb_jax.models.sentence import write_modules
 from codiemb_jax.models.weights import NUMPY_TYPES, Params, write_weights
 
 _LONG = (
@@ -79,22 +79,19 @@ def _write_folder(
     temporary: Path, params: Params, untrained: Mapping[str, Any], blueprint: Blueprint, stock: bool
 ) -> None:
     family = family_of(blueprint.config)
-    write_weights(temporary, params, untrained, family, blueprint.prefix, blueprint.dtypes)
-    config = family.stock(blueprint.config) if stock else blueprint.config
-    _write_json(temporary / "config.json", _described(config, blueprint, family))
+    write_weights(temporary, params, untrained, family.weights, blueprint.prefix, blueprint.dtypes)
+    config = blueprint.config
+    if stock:  # what transformers itself knows needs no code
+        config = {name: value for name, value in family.stock(config).items() if name != "auto_map"}
+    write_json(temporary / "config.json", _described(config, blueprint, family))
     if not stock:
         write_files(temporary, blueprint.code)
     prompts = export_prompts(PromptSettings(**blueprint.prompt))
     _write_tokenizer(temporary, blueprint, prompts["query"])
     dim = int(params["embedding"].shape[-1])
-    modules = ["Pooling"]
-    _write_pooling(temporary / "1_Pooling", blueprint.encoding["pooling"], dim)
-    if "projection" in params:
-        modules.append("Dense")
-        dim = _write_dense(temporary / "2_Dense", params["projection"])
-    if blueprint.encoding["normalize"]:
-        modules.append("Normalize")
-    _write_sentence_transformers(temporary, blueprint, prompts, modules)
+    encoding = blueprint.encoding
+    dim = write_modules(temporary, dim, encoding["pooling"], encoding["normalize"], params.get("projection"))
+    _write_sentence_transformers(temporary, blueprint, prompts)
     (temporary / "README.md").write_text(_card(blueprint, prompts, dim), encoding="utf-8")
 
 
@@ -116,7 +113,7 @@ def _described(config: dict[str, Any], blueprint: Blueprint, family: Family) -> 
     config = {name: value for name, value in config.items() if name != "quantization_config"}  # weights are plain
     if family.model is Decoder:
         config |= {"is_causal": not bidirectional, "use_bidirectional_attention": bidirectional}
-    return config | {spelling: np.dtype(NUMPY_TYPES[most]).name}
+    return config | {spelling: NUMPY_TYPES[most].name}
 
 
 def _write_tokenizer(folder: Path, blueprint: Blueprint, query_prompt: str) -> None:
@@ -132,12 +129,12 @@ def _write_tokenizer(folder: Path, blueprint: Blueprint, query_prompt: str) -> N
         strip = {"type": "Strip", "strip_left": False, "strip_right": True}
         others = [backend["normalizer"]] if backend.get("normalizer") else []
         backend["normalizer"] = {"type": "Sequence", "normalizers": [strip, *others]}
-    _write_json(folder / "tokenizer.json", backend)
+    write_json(folder / "tokenizer.json", backend)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in ("auto_map", "add_bos_token", "add_eos_token", "backend"):  # tokenizer.json says it all
         config.pop(name, None)
-    _write_json(
+    write_json(
         path,
         {**config, "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
         | {"model_max_length": blueprint.max_tokens},
@@ -167,52 +164,10 @@ def _blank_merges(tokenizer: PreTrainedTokenizerFast, blueprint: Blueprint, quer
     return sum(text.content < alone for text in texts) > len(texts) / 2
 
 
-POOLING_KEYS = {
-    "cls": "cls_token", "mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last_token": "lasttoken",
-}  # fmt: skip
-"""Our poolings by what stands in sentence-transformers' `pooling_mode_…`."""
-
-
-def _write_pooling(folder: Path, pooling: str, dim: int) -> None:
-    """The keys of sentence-transformers before 5.4, which text-embeddings-inference reads."""
-    folder.mkdir()
-    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-    config = {f"pooling_mode_{mode}": mode == POOLING_KEYS[pooling] for mode in modes}
-    # cls takes the first token of all, which is the prompt's.
-    include_prompt = pooling in ("cls", "last_token")
-    _write_json(folder / "config.json", {"word_embedding_dimension": dim, **config, "include_prompt": include_prompt})
-
-
-def _write_dense(folder: Path, projection: Params) -> int:
-    """A Dense module, whose layer holds [out, in] as PyTorch does; returns its dimension."""
-    folder.mkdir()
-    kernel, bias = (np.asarray(projection[name], np.float32) for name in ("kernel", "bias"))
-    weights = {"linear.weight": np.ascontiguousarray(kernel.T), "linear.bias": bias}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    size, projected = kernel.shape
-    config = {"in_features": size, "out_features": projected, "bias": True}
-    _write_json(folder / "config.json", config | {"activation_function": "torch.nn.modules.linear.Identity"})
-    return projected
-
-
-def _write_sentence_transformers(
-    folder: Path, blueprint: Blueprint, prompts: dict[str, str], modules: Sequence[str]
-) -> None:
-    """`modules` come after the transformer itself."""
-    paths = {"Transformer": "", **{kind: f"{place}_{kind}" for place, kind in enumerate(modules, 1)}}
-    _write_json(
-        folder / "modules.json",
-        [
-            {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for place, (kind, path) in enumerate(paths.items())
-        ],
-    )
-    if "Normalize" in paths:
-        (folder / paths["Normalize"]).mkdir()
-        _write_json(folder / paths["Normalize"] / "config.json", {})
+def _write_sentence_transformers(folder: Path, blueprint: Blueprint, prompts: dict[str, str]) -> None:
     sentence = {"max_seq_length": blueprint.max_tokens, "do_lower_case": False}
-    _write_json(folder / "sentence_bert_config.json", sentence)
-    _write_json(
+    write_json(folder / "sentence_bert_config.json", sentence)
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "__version__": {"transformers": transformers.__version__},
@@ -262,7 +217,3 @@ print(model.similarity(queries, documents))
 |---|---|
 {rows}
 """
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

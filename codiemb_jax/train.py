@@ -45,6 +45,9 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 """Settings that may differ when a run is continued: they do not change what is computed."""
 
+DEVICES = "devices with rows of their own (mesh.data x mesh.fsdp)"
+"""Among a run's inputs with sampler: mixed, whose steps are made of each device's own data set."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m codiemb_jax.train", description=__doc__, add_help=False)
@@ -77,7 +80,7 @@ def train(settings: Settings) -> None:
     data_sets = prepare_data(settings, encoder)
     sources = [Source(str(data_set.path), data_set.task, data_set.index) for data_set in data_sets]
     plan = Plan(sources, settings.data, settings.seed, row_shards(mesh))
-    inputs = inputs_of(model, data_sets)
+    inputs = inputs_of(settings, model, data_sets, mesh)
     continued = has_checkpoints(settings.output_dir / "checkpoints")
     if continued:
         check_same_run(settings, inputs)
@@ -85,18 +88,19 @@ def train(settings: Settings) -> None:
         model.graph, encoder, mesh, longest, settings.prompt.default_instruction, settings.model.normalize
     )
 
-    try:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {settings.output_dir} cannot be made: {error.strerror}") from error
-    checkpoints = Checkpoints(settings.output_dir / "checkpoints", settings.checkpoint, plan.steps_per_epoch)
-    if not continued:
-        resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_whole(settings.output_dir / "config.yaml", resolved)
-        write_whole(settings.output_dir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
     with jax.set_mesh(mesh):
         untrained = {name: np.asarray(weight) for name, weight in model.stream_untrained().items()}
         initial = None if continued else model.load(settings.seed)
+        tell_what_differs(settings, model)
+        try:
+            settings.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir: {settings.output_dir} cannot be made: {error.strerror}") from error
+        if not continued:
+            resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            write_whole(settings.output_dir / "config.yaml", resolved)
+            write_whole(settings.output_dir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+        checkpoints = Checkpoints(settings.output_dir / "checkpoints", settings.checkpoint, plan.steps_per_epoch)
         before = figures_before(settings, held_out, embedder, initial)
         params = run_steps(settings, model, plan, data_sets, checkpoints, initial, untrained)
         after = evaluate(embedder.with_params(params), held_out)
@@ -181,11 +185,28 @@ def check_batches(settings: Settings, shards: int) -> None:
         raise UserError("batch sizes do not divide over the mesh:\n" + listed(problems))
 
 
-def inputs_of(model: ModelFolder, data_sets: Sequence[PreparedDataSet]) -> dict[str, str]:
-    """What a run reads, by fingerprint: the model's config, tokenizer and weights' types, and every data file."""
-    blueprint = json.dumps(model.blueprint.to_json(), sort_keys=True)
-    digests = {"model.path": hashlib.sha256(blueprint.encode()).hexdigest()[:16]}
-    return digests | {str(data_set.path): data_set.folder.name for data_set in data_sets}
+def tell_what_differs(settings: Settings, model: ModelFolder) -> None:
+    """A line for each setting by which the model will encode otherwise than its folder says it does so far."""
+    console = Console(stderr=True)
+    for name, stored in model.stored.items():
+        if stored is not None and stored != getattr(settings.model, name):
+            console.print(f"note: model.{name} is {getattr(settings.model, name)}, {model.path} has {stored}")
+
+
+def inputs_of(
+    settings: Settings, model: ModelFolder, data_sets: Sequence[PreparedDataSet], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """What a run's steps depend on beside its settings: the model's config, tokenizer and weights' types and every data
+    file, by fingerprint; with sampler: mixed, how many devices have rows of their own."""
+    blueprint = model.blueprint.to_json()
+    content = {name: blueprint[name] for name in ("config", "prefix", "dtypes", "files")}
+    inputs: dict[str, Any] = {
+        "model.path": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    }
+    inputs |= {str(data_set.path): data_set.folder.name for data_set in data_sets}
+    if settings.data.sampler == "mixed":
+        inputs[DEVICES] = row_shards(mesh)
+    return inputs
 
 
 def check_same_run(settings: Settings, inputs: Mapping[str, str]) -> None:
@@ -206,9 +227,9 @@ def check_same_run(settings: Settings, inputs: Mapping[str, str]) -> None:
         if earlier.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
     ]
     differences += [
-        f"{name}: its content has changed"
-        for name in sorted(earlier_inputs.keys() | inputs.keys())
-        if earlier_inputs.get(name) != inputs.get(name)
+        f"{name}: {there} there, {inputs.get(name)} now" if name == DEVICES else f"{name}: its content has changed"
+        for name, there in sorted({**dict.fromkeys(inputs), **earlier_inputs}.items())
+        if there != inputs.get(name)
     ]
     if differences:
         raise UserError(

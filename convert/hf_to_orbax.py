@@ -1,6 +1,7 @@
 """python -m convert.hf_to_orbax --model DIR --output DIR
 
-Writes a Hugging Face model as an Orbax checkpoint that training starts from.
+Writes a Hugging Face model as an Orbax checkpoint that training starts from.  Pooling, normalisation and a linear layer
+are those of its modules.json; prompts are the default settings.
 """
 
 import argparse
@@ -8,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from pydantic import ValidationError
 
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
-from codiemb_jax.errors import UserError, run_program
-from codiemb_jax.training.checkpoint import save_model
+from codiemb_jax.errors import UserError, listed, run_program
+from codiemb_jax.files import check_new
+from codiemb_jax.training.checkpoint import is_checkpoint, save_model
 from codiemb_jax.training.mesh import make_mesh
-from codiemb_jax.training.model import open_model
+from codiemb_jax.training.model import find_model, open_model, read_blueprint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,13 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder in Hugging Face format, or a hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoint to write")
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        raise UserError(f"--output {options.output}: already exists; give a folder that does not")
+    path = find_model(options.model)
+    if is_checkpoint(path):
+        raise UserError(f"--model {path}: is an Orbax checkpoint already; give a folder in Hugging Face format")
     mesh = make_mesh(MeshSettings(), jax.devices("cpu")[:1])
-    model = open_model(ModelSettings(path=options.model), PromptSettings(), mesh)
+    model = open_model(encoding_of(path), PromptSettings(), mesh)
+    check_new(options.output, "--output")
     save_model(options.output, model.stream(), model.stream_untrained(), model.blueprint)
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     print(f"wrote {count:,} parameters to {options.output}")
+
+
+def encoding_of(path: Path) -> ModelSettings:
+    """Settings under which a Hugging Face folder encodes: what its modules.json says, else the defaults."""
+    try:
+        return ModelSettings.model_validate({"path": str(path), **read_blueprint(path).encoding})
+    except ValidationError as error:
+        problems = [f"{problem['loc'][0]}: {problem['msg']}, found {problem['input']!r}" for problem in error.errors()]
+        raise UserError(f"{path}: modules.json and what it names cannot be used:\n" + listed(problems)) from error
 
 
 if __name__ == "__main__":

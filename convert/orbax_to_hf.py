@@ -16,6 +16,7 @@ import jax
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError, run_program
 from codiemb_jax.export import write_export
+from codiemb_jax.files import check_new
 from codiemb_jax.training.checkpoint import restore_blueprint
 from codiemb_jax.training.mesh import make_mesh
 from codiemb_jax.training.model import ModelFolder, open_model
@@ -30,8 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--architecture", choices=["stock"], help="default: config.json as it came")
     parser.add_argument("--verify", action="store_true", help="compare with sentence-transformers")
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        raise UserError(f"--output {options.output}: already exists; give a folder that does not")
     if options.verify and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError("--verify needs sentence-transformers: pip install sentence-transformers")
     model = open_checkpoint(options.checkpoint)
@@ -42,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--verify: sentence-transformers would need the remote code of a {config['model_type']} model, which is "
             "never run; add --architecture stock"
         )
+    check_new(options.output, "--output")
     write_export(options.output, model.stream(), model.stream_untrained(), model.blueprint, stock=stock)
     print(f"wrote {options.output}")
     if options.verify:

@@ -81,12 +81,13 @@ def main() -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(special | names, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     family = family_of(CONFIG)
+    table = family.weights
     model = Decoder(family.read_config(CONFIG), ModelSettings(path=str(folder), compute_dtype="float32"), nnx.Rngs(49))
     params = nnx.to_pure_dict(nnx.state(model))
     # Large beside what the layers add: an untrained vector then tells a text's words, and training has a start.
     params["embedding"] *= 4
-    dtypes = {name: "F32" for name, _ in named_weights(params, family, "")}
-    write_weights(folder, params, {}, family, "", dtypes)
+    dtypes = {name: "F32" for name, _ in named_weights(params, table, "")}
+    write_weights(folder, params, {}, table, "", dtypes)
     print(f"wrote {folder}: {sum(np.size(leaf) for leaf in jax.tree.leaves(params)):,} parameters")
 
 

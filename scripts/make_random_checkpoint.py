@@ -55,7 +55,7 @@ def make(shape: str, output: Path, **changes: Any) -> None:
     output.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(PACKAGE / "quickstart" / "model" / name, output)
-    write_weights(output, params, {}, family, "", dict.fromkeys(names, TYPES[dtype.name]))
+    write_weights(output, params, {}, family.weights, "", dict.fromkeys(names, TYPES[dtype.name]))
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

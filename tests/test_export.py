@@ -507,12 +507,19 @@ def pool_the_prompt(export: Path) -> None:
     path.write_text(path.read_text().replace('"include_prompt": false', '"include_prompt": true'))
 
 
+def take_normalisation_out(export: Path) -> None:
+    path = export / "modules.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:2]))
+
+
 def test_verify_accepts_what_was_exported(utu, capsys):
     assert verify(utu.export, open_checkpoint(utu.checkpoint)) is True
     assert "DIFFER" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("spoil", [change_a_weight, turn_attention, append_a_token, pool_the_prompt])
+@pytest.mark.parametrize(
+    "spoil", [change_a_weight, turn_attention, append_a_token, pool_the_prompt, take_normalisation_out]
+)
 def test_verify_finds_what_is_wrong(spoil, utu, tmp_path, capsys):
     folder = tmp_path / "export"
     shutil.copytree(utu.export, folder)
@@ -597,8 +604,44 @@ def test_what_is_no_model_is_told(utu, tmp_path):
     assert not (tmp_path / "orbax").exists()
 
 
-def test_a_checkpoint_is_read_as_a_model(utu, tmp_path):
-    """`--model` takes an Orbax folder of ours as well; so does `model.path`."""
-    hf_to_orbax(["--model", str(utu.checkpoint), "--output", str(tmp_path / "orbax")])
-    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
-    assert_same_weights(tmp_path / "export", utu.model)
+def test_a_checkpoint_is_not_converted_again(utu, tmp_path):
+    """It would lose its prompts."""
+    with pytest.raises(UserError, match="is an Orbax checkpoint already"):
+        hf_to_orbax(["--model", str(utu.checkpoint), "--output", str(tmp_path / "orbax")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_made_is_told(utu, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "folder", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=r"--output .* cannot be made"):
+            hf_to_orbax(["--model", str(utu.model), "--output", str(output)])
+        with pytest.raises(UserError, match=r"--output .* cannot be made"):
+            orbax_to_hf(["--checkpoint", str(utu.checkpoint), "--output", str(output)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("bert", {"pooling": "cls", "projection_dim": 24}),
+        ("xlm-roberta", {"pooling": "last_token", "normalize": False}),
+    ],
+)
+def test_an_exported_folder_is_a_model_that_encodes_alike(kind, settings, convert, tmp_path):
+    """Pooling, normalisation and projection go with the folder, into a checkpoint and into another run."""
+    mesh = make_mesh(MeshSettings(), jax.devices()[:1])
+    settings = ModelSettings(path=str(convert(kind).model), **settings)
+    model = open_model(settings, PromptSettings(query="", end="</s>"), mesh, 600)
+    write_export(tmp_path / "export", params := model.load(7), {}, model.blueprint, stock=True)
+    hf_to_orbax(["--model", str(tmp_path / "export"), "--output", str(tmp_path / "orbax")])
+    for path in (tmp_path / "export", tmp_path / "orbax"):
+        again = open_model(settings.model_copy(update={"path": str(path)}), PromptSettings(), mesh, 600)
+        assert again.stored.items() >= settings.model_dump(include={"pooling", "normalize", "projection_dim"}).items()
+        for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(again.load(8)), strict=True):
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    checkpoint = open_checkpoint(tmp_path / "orbax").blueprint
+    assert checkpoint.encoding == model.blueprint.encoding
+    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "again")])
+    assert_same_weights(tmp_path / "again", tmp_path / "export")
+    for name in ("modules.json", *(str(path.relative_to(tmp_path / "export")) for path in tmp_path.glob("export/*/*"))):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "export" / name).read_bytes()

@@ -15,6 +15,8 @@ Task: TypeAlias = Literal["ir", "sts"]
 ENDINGS = (".json", ".jsonl")
 REQUIRED = ("task_type", "query", "positives")
 OPTIONAL = ("negatives", "positive_scores", "negative_scores")
+LARGEST_SCORE = 3e38
+"""Steps compute with scores in float32."""
 TRIPLE = "a list of three strings [task instruction, instance instruction, text]"
 
 
@@ -217,8 +219,8 @@ class _Line:
             score = float(value) if type(value) in (int, float) else math.nan
         except OverflowError:
             score = math.inf
-        if not math.isfinite(score):
-            self._problem(field, _shown(value), "a finite number")
+        if not abs(score) <= LARGEST_SCORE:
+            self._problem(field, _shown(value), "a finite number, at most 3e38")
         return score
 
 

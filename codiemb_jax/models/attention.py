@@ -31,5 +31,5 @@ def attend(
     # Padding is a segment of its own, so every row of scores has something to see.
     scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, keys).astype(value.dtype)
-    mixed = jnp.einsum("rkgqs,rksd->rkgqd", weights, value)
-    return mixed.reshape(rows, heads, tokens, head_dim)
+    attended = jnp.einsum("rkgqs,rksd->rkgqd", weights, value)
+    return attended.reshape(rows, heads, tokens, head_dim)

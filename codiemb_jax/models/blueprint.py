@@ -1,7 +1,6 @@
 """All of a model folder but the values of its weights: enough to build the model and to write it again."""
 
 import base64
-import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax.errors import UserError
+from codiemb_jax.files import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -48,7 +48,11 @@ class Blueprint:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Blueprint":
-        return cls(**fields)
+        """UserError for what another version of this project wrote."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise UserError("was written by another version of codiemb_jax; convert the model anew") from error
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, without any code of the checkpoint being looked at."""
@@ -57,7 +61,7 @@ class Blueprint:
             try:
                 return PreTrainedTokenizerFast.from_pretrained(folder)
             except Exception as error:  # the tokenizers library raises plain Exception on a malformed file
-                raise UserError(f"tokenizer.json cannot be read: {error}") from error
+                raise UserError(f"tokenizer.json, tokenizer_config.json: cannot be read: {error}") from error
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -90,10 +94,4 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: config.json is missing; give a folder in Hugging Face format")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return config
+    return read_json(path, dict)

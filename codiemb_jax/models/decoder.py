@@ -104,8 +104,8 @@ class DecoderLayers(nnx.Module):
             key = rms_norm(key, self.k_norm[...], config.norm_eps)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         rate = config.attention_dropout
-        mixed = attend(query, key, value, segments, causal=self.causal, dropout_rate=rate, keys=keys)
-        return mixed.transpose(0, 2, 1, 3).reshape(rows, tokens, -1) @ self.o[...].astype(x.dtype)
+        attended = attend(query, key, value, segments, causal=self.causal, dropout_rate=rate, keys=keys)
+        return attended.transpose(0, 2, 1, 3).reshape(rows, tokens, -1) @ self.o[...].astype(x.dtype)
 
 
 class Decoder(TextModel):

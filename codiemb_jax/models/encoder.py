@@ -94,8 +94,8 @@ class EncoderLayers(nnx.Module):
     def __call__(self, x: jax.Array, segments: jax.Array, *, keys: jax.Array | None) -> jax.Array:
         """One layer: [rows, tokens, embed] -> the same."""
         config = self.config
-        mixed = dropout(self._attention(x, segments, fold(keys, 0)), config.hidden_dropout, fold(keys, 1))
-        x = layer_norm(x + mixed, self.attention_norm[...], self.attention_norm_bias[...], config.norm_eps)
+        h = dropout(self._attention(x, segments, fold(keys, 0)), config.hidden_dropout, fold(keys, 1))
+        x = layer_norm(x + h, self.attention_norm[...], self.attention_norm_bias[...], config.norm_eps)
         h = ACTIVATIONS[config.activation](_linear(x, self.up, self.up_bias))
         h = dropout(_linear(h, self.down, self.down_bias), config.hidden_dropout, fold(keys, 2))
         return by_rows(layer_norm(x + h, self.mlp_norm[...], self.mlp_norm_bias[...], config.norm_eps))
@@ -108,8 +108,24 @@ class EncoderLayers(nnx.Module):
 
         query, key, value = heads(self.q, self.q_bias), heads(self.k, self.k_bias), heads(self.v, self.v_bias)
         rate = self.config.attention_dropout
-        mixed = attend(query, key, value, segments, causal=False, dropout_rate=rate, keys=keys)
-        return _linear(mixed.transpose(0, 2, 1, 3).reshape(rows, tokens, -1), self.o, self.o_bias)
+        attended = attend(query, key, value, segments, causal=False, dropout_rate=rate, keys=keys)
+        return _linear(attended.transpose(0, 2, 1, 3).reshape(rows, tokens, -1), self.o, self.o_bias)
+
+
+def position_rows(rows: Rows, first_position: int) -> jax.Array:
+    """Which row of the table of positions each token takes, int32 [rows, tokens].
+
+    Where rows begin after that of the padding id (XLM-RoBERTa), a padding token inside a text takes the padding's
+    row and is not counted, as in transformers.
+    """
+    positions = jnp.asarray(rows.positions)
+    if not first_position:
+        return positions
+    padding = jnp.asarray(rows.tokens) == first_position - 1
+    before = jnp.pad(jnp.cumsum(padding, axis=1), ((0, 0), (1, 0)))  # of a row's first 0, 1, … tokens
+    places = jnp.arange(positions.shape[1])
+    before_text = jnp.take_along_axis(before, places - positions, axis=1)
+    return jnp.where(padding, 0, positions + 1 - before[:, :-1] + before_text) + first_position - 1
 
 
 class Encoder(TextModel):
@@ -129,7 +145,7 @@ class Encoder(TextModel):
         self, rows: Rows, tap_layer: int | jax.Array, tap: Callable[[jax.Array], Any], keys: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         config = self.config
-        places = jnp.asarray(rows.positions) + config.first_position
+        places = position_rows(rows, config.first_position)
         # All tokens are of the first type: a row holds single texts, never pairs.
         x = self.embedding[...][rows.tokens] + self.token_types[...][0] + self.positions[...][places]
         x = by_rows(layer_norm(x, self.norm[...], self.norm_bias[...], config.norm_eps).astype(self.compute_dtype))

@@ -5,7 +5,7 @@ Our parameters are a nested dict of arrays; a weight's path in the table is its 
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
@@ -23,10 +23,22 @@ from codiemb_jax.models.families.family import Family, Weight
 
 Params = dict[str, Any]
 
+INDEX = "model.safetensors.index.json"
+
 SHARD_BYTES = 2 * 10**9
 """Largest weight file that an export writes, unless a single weight is larger: a file is held in memory twice."""
 
-NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+MODEL_TYPES = ("F32", "F16", "BF16")
+"""In what a model's weights may be stored, in safetensors' spelling."""
+
+NUMPY_TYPES: dict[str, np.dtype] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(bool),
+}
+"""All that can be carried along."""
 
 
 class LazyArray:
@@ -56,15 +68,20 @@ class WeightFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape of each weight by name."""
         self._paths: dict[str, Path] = {}
-        for path in _weight_paths(folder):
+        weight_map = _weight_map(folder)
+        for path in _weight_paths(folder, set(weight_map.values()) or {"model.safetensors"}):
             try:
                 with safe_open(path, framework="numpy") as file:
                     for name in file.keys():  # noqa: SIM118 (it is no dict)
+                        if name in self._paths:
+                            raise UserError(f"{path}: {name} is also in {self._paths[name].name}; remove one of them")
                         weight = file.get_slice(name)
                         self.dtypes[name], self.shapes[name] = weight.get_dtype(), tuple(weight.get_shape())
                         self._paths[name] = path
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+        if absent := sorted(weight_map.keys() - self.dtypes.keys()):
+            raise UserError(f"{folder / INDEX}: weight_map: no file holds {', '.join(absent)}")
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A weight, or the block of it that `index` names; only that much is read."""
@@ -73,29 +90,33 @@ class WeightFiles:
 
     def lazy(self, name: str) -> LazyArray:
         """A weight, read when it is asked for."""
-        dtype = NUMPY_TYPES.get(self.dtypes[name]) or self.read(name).dtype
-        return LazyArray(self.shapes[name], dtype, partial(self.read, name))
+        return LazyArray(self.shapes[name], NUMPY_TYPES[self.dtypes[name]], partial(self.read, name))
 
 
-def _weight_paths(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index}: expected a JSON object with `weight_map`") from error
-        for name in names:
-            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-                raise UserError(f"{index}: weight_map: {name!r} is not the name of a file in this folder")
-        paths = [folder / name for name in names]
-    else:
-        paths = [folder / "model.safetensors"]
-    if missing := [path.name for path in paths if not path.is_file()]:
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each weight as the index of shards says; empty if there is no index."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(weight_map.values(), key=str)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: expected a JSON object with `weight_map`") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise UserError(f"{path}: weight_map: {name!r} is not the name of a file in this folder")
+    return weight_map
+
+
+def _weight_paths(folder: Path, names: set[str]) -> list[Path]:
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    if missing := sorted(names - there):
         raise UserError(
             f"{folder}: {', '.join(missing)} not found; weights must be safetensors "
             "(a pickled pytorch_model.bin is not read: convert it with transformers' save_pretrained)"
         )
-    return paths
+    return [folder / name for name in sorted(names)]
 
 
 def find_prefix(names: Iterable[str], family: Family) -> str:
@@ -116,14 +137,16 @@ def weight_names(weight: Weight, prefix: str, layers: int) -> list[str]:
     return [prefix + weight.theirs.format(layer=layer) for layer in range(layers)]
 
 
-def check_weights(files: WeightFiles, family: Family, prefix: str, abstract: Params) -> list[str]:
+def check_weights(
+    files: WeightFiles, table: Sequence[Weight], prefix: str, abstract: Params, untrained: Sequence[str] = ()
+) -> list[str]:
     """Compares names, shapes and types with what the model needs; UserError that lists every difference.
 
-    Returns the names that the checkpoint holds beyond the model and that the family allows.
+    Returns the names that the files hold beyond the model and that `untrained` (see `Family`) allows.
     """
     dtypes = files.dtypes
     missing, misshaped, wanted = [], [], set()
-    for weight in family.weights:
+    for weight in table:
         leaf = _leaf(abstract, weight.ours)
         stacked = "{layer}" in weight.theirs
         shape = leaf.shape[1:] if stacked else leaf.shape
@@ -134,20 +157,22 @@ def check_weights(files: WeightFiles, family: Family, prefix: str, abstract: Par
                 missing.append(f"missing: {name} {list(shape)}")
             elif files.shapes[name] != shape:
                 misshaped.append(f"shape: {name} is {list(files.shapes[name])}, config.json makes it {list(shape)}")
-            elif dtypes[name] not in NUMPY_TYPES:
-                misshaped.append(f"type: {name} is {dtypes[name]}, supported are {', '.join(NUMPY_TYPES)}")
+            elif dtypes[name] not in MODEL_TYPES:
+                misshaped.append(f"type: {name} is {dtypes[name]}, supported are {', '.join(MODEL_TYPES)}")
     beyond = sorted(set(dtypes) - wanted)
-    allowed = [name for name in beyond if any(fnmatchcase(name.removeprefix(prefix), p) for p in family.untrained)]
+    allowed = [name for name in beyond if any(fnmatchcase(name.removeprefix(prefix), p) for p in untrained)]
+    misshaped += [
+        f"type: {name} is {dtypes[name]}, supported are {', '.join(NUMPY_TYPES)}"
+        for name in allowed
+        if dtypes[name] not in NUMPY_TYPES
+    ]
     extra = [f"left over: {name} {list(files.shapes[name])}" for name in beyond if name not in allowed]
     if problems := missing + misshaped + extra:
-        raise UserError(
-            f"{files.folder}: weights do not fit config.json (model_type {family.model_type}):\n"
-            + listed(problems, limit=len(problems))
-        )
+        raise UserError(f"{files.folder}: weights do not fit config.json:\n" + listed(problems, limit=len(problems)))
     return allowed
 
 
-def read_weights(files: WeightFiles, family: Family, prefix: str, abstract: Params) -> Params:
+def read_weights(files: WeightFiles, table: Sequence[Weight], prefix: str, abstract: Params) -> Params:
     """Reads every weight into the shape, type and sharding of `abstract`, block by block for each device."""
 
     def read(weight: Weight) -> jax.Array:
@@ -156,10 +181,10 @@ def read_weights(files: WeightFiles, family: Family, prefix: str, abstract: Para
         block = _once_each(partial(_read_block, files, weight, names, leaf.shape, leaf.dtype))
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, block)
 
-    return _tree(family, read)
+    return _tree(table, read)
 
 
-def stream_weights(files: WeightFiles, family: Family, prefix: str, abstract: Params) -> Params:
+def stream_weights(files: WeightFiles, table: Sequence[Weight], prefix: str, abstract: Params) -> Params:
     """Every weight as a `LazyArray` in the shape of `abstract` and the type in which it came."""
 
     def lazy(weight: Weight) -> LazyArray:
@@ -169,24 +194,34 @@ def stream_weights(files: WeightFiles, family: Family, prefix: str, abstract: Pa
         whole = tuple(slice(0, size) for size in shape)
         return LazyArray(shape, dtype, partial(_read_block, files, weight, names, shape, dtype, whole))
 
-    return _tree(family, lazy)
+    return _tree(table, lazy)
 
 
-def stored_type(dtypes: Mapping[str, str], names: Iterable[str]) -> Any:
+def stored_type(dtypes: Mapping[str, str], names: Iterable[str]) -> np.dtype:
     """A type that holds weights of one or several types, bit by bit."""
-    found = {dtypes[name] for name in names}
-    return NUMPY_TYPES[found.pop()] if len(found) == 1 else np.float32
+    several = {NUMPY_TYPES[dtypes[name]] for name in names}
+    return several.pop() if len(several) == 1 else np.dtype(np.float32)
 
 
-def _tree(family: Family, leaf: Callable[[Weight], Any]) -> Params:
-    """Our nested dict of parameters, each made by `leaf` of its line in the family's table."""
+def as_stored(params: Params, table: Sequence[Weight], prefix: str, dtypes: Mapping[str, str]) -> Params:
+    """Every weight of the table, rounded to the type in which `write_weights` writes it."""
+
+    def stored(weight: Weight) -> np.ndarray:
+        leaf = np.asarray(_leaf(params, weight.ours))
+        return leaf.astype(stored_type(dtypes, weight_names(weight, prefix, leaf.shape[0])))
+
+    return _tree(table, stored)
+
+
+def _tree(table: Sequence[Weight], leaf: Callable[[Weight], Any]) -> Params:
+    """Our nested dict of parameters, each made by `leaf` of its line in the table."""
     params: Params = {}
-    for weight in family.weights:
+    for weight in table:
         *parents, last = weight.ours.split(".")
-        place = params
+        branch = params
         for key in parents:
-            place = place.setdefault(key, {})
-        place[last] = leaf(weight)
+            branch = branch.setdefault(key, {})
+        branch[last] = leaf(weight)
     return params
 
 
@@ -214,16 +249,16 @@ def _read_block(
 
     block = np.empty([len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)], dtype)
     if "{layer}" in weight.theirs:
-        for place, name in enumerate(names[index[0]]):
-            block[place] = read(name, index[1:])
+        for layer, name in enumerate(names[index[0]]):
+            block[layer] = read(name, index[1:])
     else:
         block[...] = read(names[0], index)
     return block
 
 
-def named_weights(params: Params, family: Family, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+def named_weights(params: Params, table: Sequence[Weight], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight under its checkpoint name, in the checkpoint's layout."""
-    for weight in family.weights:
+    for weight in table:
         leaf = np.asarray(_leaf(params, weight.ours))
         names = weight_names(weight, prefix, leaf.shape[0])
         for name, value in zip(names, leaf if "{layer}" in weight.theirs else [leaf], strict=True):
@@ -234,7 +269,7 @@ def write_weights(
     folder: Path,
     params: Params,
     untrained: Mapping[str, Any],
-    family: Family,
+    table: Sequence[Weight],
     prefix: str,
     dtypes: Mapping[str, str],
     shard_bytes: int = SHARD_BYTES,
@@ -255,8 +290,8 @@ def write_weights(
         weight_map.update(dict.fromkeys(shard, paths[-1]))
         shard.clear()
 
-    for name, value in chain(named_weights(params, family, prefix), untrained.items()):
-        value = np.ascontiguousarray(value, dtype=NUMPY_TYPES.get(dtypes[name], value.dtype))
+    for name, value in chain(named_weights(params, table, prefix), untrained.items()):
+        value = np.ascontiguousarray(value, dtype=NUMPY_TYPES[dtypes[name]])
         if shard and sum(kept.nbytes for kept in shard.values()) + value.nbytes > shard_bytes:
             flush()
         shard[name] = value
@@ -273,4 +308,4 @@ def write_weights(
         "metadata": {"total_size": total},
         "weight_map": {name: final[path] for name, path in sorted(weight_map.items())},
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

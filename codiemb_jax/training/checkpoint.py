@@ -6,7 +6,8 @@ a folder that is there is whole.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.models.blueprint import Blueprint
 from codiemb_jax.models.weights import LazyArray, Params
 from codiemb_jax.training.state import TrainState
+
+CHUNK_BYTES = 2**20
+"""Size of the blocks in which a converted weight is stored.  A device reads whole blocks: few bytes beyond its own."""
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save
 
@@ -54,19 +58,24 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params), optimizer=ocp.args.StandardRestore(abstract.opt_state)
         )
-        try:
+        with _readable(Path(self._manager.directory / str(done)), "; remove it to continue from the one before it"):
             restored = self._manager.restore(done, args=items)
-        except Exception as error:  # Orbax raises plain Exception where a file cannot be read
-            raise UserError(
-                f"{self._manager.directory / str(done)}: the checkpoint cannot be read ({str(error)[:200]}); remove "
-                "the folder to continue from the checkpoint before it"
-            ) from error
         return TrainState(restored.params, restored.optimizer)
 
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextmanager
+def _readable(folder: Path, mend: str = "") -> Iterator[None]:
+    """UserError if what is done with a checkpoint fails."""
+    try:
+        yield
+    except Exception as error:  # Orbax raises plain Exception where a file cannot be read
+        reason = str(error)[:200]
+        raise UserError(f"{folder}: the checkpoint cannot be read{mend} ({reason})") from error
 
 
 def _items(params: Params, untrained: Mapping[str, np.ndarray], blueprint: Blueprint) -> dict[str, Any]:
@@ -104,10 +113,15 @@ def save_model(folder: Path, params: Params, untrained: Mapping[str, Any], bluep
     handlers: dict[str, Any] = {"blueprint": ocp.JsonCheckpointHandler()}
     for name, tree in {"params": params, "untrained": dict(untrained)}.items():
         if tree:
-            items[name] = ocp.args.PyTreeSave(tree)
+            items[name] = ocp.args.PyTreeSave(tree, jax.tree.map(_in_blocks, tree))
             handlers[name] = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.Composite(**items))
+
+
+def _in_blocks(array: LazyArray) -> ocp.SaveArgs:
+    """How an array is cut for storage: first its layers from each other, then its longest axes."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if array.ndim == 3 else ())
 
 
 def stream_params(folder: Path) -> Params:
@@ -121,7 +135,7 @@ def stream_untrained(folder: Path) -> dict[str, LazyArray]:
 
 
 def _stream(folder: Path) -> Any:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(folder.absolute()).item_metadata.tree
 
     def lazy(path: Any, leaf: Any) -> LazyArray:
@@ -136,7 +150,7 @@ def _restore_one(folder: Path, path: Sequence[str]) -> np.ndarray:
     args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
     for key in reversed(path):
         item, args = {key: item}, {key: args}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
             folder.absolute(), args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
         )
@@ -149,13 +163,17 @@ def restore_blueprint(folder: Path) -> Blueprint:
         raise UserError(
             f"{folder} is not a checkpoint; give one that `convert.hf_to_orbax` wrote, or a run's checkpoints/STEP"
         )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(blueprint=ocp.args.JsonRestore()))
-    return Blueprint.from_json(restored.blueprint)
+    args = ocp.args.Composite(blueprint=ocp.args.JsonRestore())
+    with _readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        fields = checkpointer.restore(folder.absolute(), args=args).blueprint
+    try:
+        return Blueprint.from_json(fields)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def restore_params(folder: Path, abstract: Params) -> Params:
     """The parameters in a checkpoint, in the shapes, types and shardings of `abstract`."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+    with _readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder.absolute(), args=args).params

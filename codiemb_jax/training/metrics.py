@@ -59,10 +59,15 @@ class MetricsLog:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         names = [self._names[part.source] for part in plan.parts]
         if not math.isfinite(values["loss"] + values["grad_norm"]):
+            mend = (
+                "checkpoints hold earlier steps only.  Lower optimizer.learning_rate or set optimizer.clip_norm, in "
+                "another output_dir"
+                if plan.number
+                else "nothing has been trained yet: look for weights in the model that are not finite or huge"
+            )
             raise UserError(
                 f"step {plan.number} ({plan.task}, {', '.join(names)}): the loss is {values['loss']}, the "
-                f"gradient's norm {values['grad_norm']}; checkpoints hold earlier steps only.  Lower "
-                "optimizer.learning_rate or set optimizer.clip_norm, in another output_dir"
+                f"gradient's norm {values['grad_norm']}; {mend}"
             )
         # In a mixed step, the parts of a task that no device holds.
         values = {name: value for name, value in values.items() if not math.isnan(value)}

@@ -1,6 +1,8 @@
 """A model folder, whatever its format -> graph, parameters, blueprint."""
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import jax
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax.config import ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
@@ -23,6 +26,7 @@ from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.encoder import Encoder, EncoderConfig
 from codiemb_jax.models.families import family_of
 from codiemb_jax.models.families.family import Family
+from codiemb_jax.models.sentence import DENSE, open_dense, read_modules
 from codiemb_jax.models.weights import (
     LazyArray,
     Params,
@@ -41,6 +45,9 @@ from codiemb_jax.training.checkpoint import (
 )
 from codiemb_jax.training.state import abstract_model, new_projection
 
+HUB_FILES = ["*.safetensors*", "config.json", "modules.json", "*/config.json", "*.py", *TOKENIZER_FILES]
+"""What is downloaded of a model: no pickled weights."""
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -53,19 +60,25 @@ class ModelFolder:
     graph: Any
     abstract: Params
     """Shape, type and sharding of each parameter."""
-    has_projection: bool
-    """Whether the folder holds the projection that the settings ask for; else it begins at random."""
+    stored: Mapping[str, Any]
+    """How the folder says that it encodes (fields of `ModelSettings`), as far as it does.  The settings decide, but for
+    the projection: that is a weight."""
     _untrained: list[str]
     """Names in a Hugging Face folder of the weights that an encoder does not use."""
+    _dense: Path | None
+    """Where a Hugging Face folder holds the projection."""
 
     def load(self, seed: int = 0) -> Params:
         """The parameters, each device reading its own part; `seed` is that of a new projection."""
-        abstract = {name: leaf for name, leaf in self.abstract.items() if self.has_projection or name != "projection"}
+        stored = bool(self.stored.get("projection_dim"))
         if is_checkpoint(self.path):
-            params = restore_params(self.path, abstract)
+            wanted = {name: leaf for name, leaf in self.abstract.items() if stored or name != "projection"}
+            params = restore_params(self.path, wanted)
         else:
-            params = read_weights(WeightFiles(self.path), self.family, self.blueprint.prefix, abstract)
-        if "projection" in self.abstract and not self.has_projection:
+            params = read_weights(WeightFiles(self.path), self.family.weights, self.blueprint.prefix, self.abstract)
+            if self._dense:
+                params["projection"] = read_weights(WeightFiles(self._dense), DENSE, "", self.abstract["projection"])
+        if "projection" in self.abstract and not stored:
             params["projection"] = new_projection(self.abstract["projection"], seed)
         return params
 
@@ -73,7 +86,10 @@ class ModelFolder:
         """The parameters in the types in which they are stored, each read when it is asked for."""
         if is_checkpoint(self.path):
             return stream_params(self.path)
-        return stream_weights(WeightFiles(self.path), self.family, self.blueprint.prefix, self.abstract)
+        params = stream_weights(WeightFiles(self.path), self.family.weights, self.blueprint.prefix, self.abstract)
+        if self._dense:
+            params["projection"] = stream_weights(WeightFiles(self._dense), DENSE, "", self.abstract["projection"])
+        return params
 
     def stream_untrained(self) -> dict[str, LazyArray]:
         """Weights of the folder that an encoder does not use, each read when it is asked for."""
@@ -91,10 +107,12 @@ def open_model(
     max_tokens: longest text that the exported model shall take; None: as many as the model has positions.
     UserError for whatever in the folder cannot be used; weights are compared with config.json before any is read.
     """
-    path = _find(settings.path)
-    blueprint = restore_blueprint(path) if is_checkpoint(path) else _read_blueprint(path)
-    family = family_of(blueprint.config)
-    config = family.read_config(blueprint.config)
+    path = find_model(settings.path)
+    blueprint = read_blueprint(path)
+    with _named(path):
+        family = family_of(blueprint.config)
+        config = family.read_config(blueprint.config)
+        tokenizer = blueprint.tokenizer()
     if settings.dropout is not None:
         config = config.with_dropout(settings.dropout)
     if max_tokens and max_tokens > config.max_positions:
@@ -104,10 +122,68 @@ def open_model(
         )
     if settings.attention == "causal" and family.model is Encoder:
         raise UserError(f"model.attention: causal needs a decoder; a {family.model_type} model is bidirectional")
-    tokenizer = blueprint.tokenizer()
+    _check_tokenizer(path, tokenizer, config)
+    stored = blueprint.encoding
+    stored_dim = stored.get("projection_dim")
+    if stored_dim and stored_dim != settings.projection_dim:
+        raise UserError(
+            f"model.projection_dim {settings.projection_dim}: {path} was trained with a projection to {stored_dim}; "
+            f"set it to {stored_dim}"
+        )
+    graph, abstract = abstract_model(family, config, settings, mesh)
+    untrained: list[str] = []
+    dense = None
+    if not is_checkpoint(path):
+        untrained = check_weights(WeightFiles(path), family.weights, blueprint.prefix, abstract, family.untrained)
+        modules = read_modules(path)
+        dense = modules.dense if modules else None
+        if dense:
+            open_dense(dense, abstract["projection"])
+    blueprint = replace(
+        blueprint,
+        max_tokens=max_tokens or config.max_positions,
+        encoding=settings.model_dump(include=set(ENCODING)),
+        prompt=prompt.model_dump(),
+    )
+    return ModelFolder(path, blueprint, family, config, graph, abstract, stored, untrained, dense)
+
+
+def read_blueprint(path: Path) -> Blueprint:
+    """The blueprint of a checkpoint, or of a Hugging Face folder: that one knows no prompts, no longest text, and of
+    its encoding what its modules.json says."""
+    if is_checkpoint(path):
+        return restore_blueprint(path)
+    config = read_config_file(path)
+    dtypes = WeightFiles(path).dtypes
+    modules = read_modules(path)
+    with _named(path):
+        family = family_of(config)
+    return Blueprint(
+        config=config,
+        prefix=find_prefix(dtypes, family),
+        dtypes=dtypes,
+        files=read_tokenizer_files(path),
+        code=read_code_files(path),
+        max_tokens=0,
+        encoding=modules.encoding if modules else {},
+        prompt={},
+    )
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts a folder's name before what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerFast, config: DecoderConfig | EncoderConfig) -> None:
+    """UserError if tokenizer and model disagree."""
     if isinstance(config, EncoderConfig) and config.first_position not in (0, (tokenizer.pad_token_id or 0) + 1):
         raise UserError(
-            f"{path}: positions of a {family.model_type} model start after the padding id, which is "
+            f"{path}: the positions of this model start after the padding id, which is "
             f"{config.first_position - 1} in config.json (pad_token_id) but {tokenizer.pad_token_id} in the tokenizer; "
             "make them agree"
         )
@@ -117,42 +193,10 @@ def open_model(
             f"{path}: the tokenizer has a token with id {largest}, but the model only {config.vocab_size} embeddings "
             "(vocab_size in config.json); a special token named in tokenizer_config.json must be one of tokenizer.json"
         )
-    stored_dim = blueprint.encoding.get("projection_dim")
-    if stored_dim and stored_dim != settings.projection_dim:
-        raise UserError(
-            f"model.projection_dim {settings.projection_dim}: {path} was trained with a projection to {stored_dim}; "
-            f"set it to {stored_dim}"
-        )
-    graph, abstract = abstract_model(family, config, settings, mesh)
-    untrained: list[str] = []
-    if not is_checkpoint(path):
-        untrained = check_weights(WeightFiles(path), family, blueprint.prefix, abstract)
-    blueprint = replace(
-        blueprint,
-        max_tokens=max_tokens or config.max_positions,
-        encoding=settings.model_dump(include=set(ENCODING)),
-        prompt=prompt.model_dump(),
-    )
-    return ModelFolder(path, blueprint, family, config, graph, abstract, bool(stored_dim), untrained)
 
 
-def _read_blueprint(folder: Path) -> Blueprint:
-    """The blueprint of a Hugging Face folder; how it encodes is for the settings to say."""
-    config = read_config_file(folder)
-    dtypes = WeightFiles(folder).dtypes
-    return Blueprint(
-        config=config,
-        prefix=find_prefix(dtypes, family_of(config)),
-        dtypes=dtypes,
-        files=read_tokenizer_files(folder),
-        code=read_code_files(folder),
-        max_tokens=0,
-        encoding={},
-        prompt={},
-    )
-
-
-def _find(path: str) -> Path:
+def find_model(path: str) -> Path:
+    """The folder of a model: a path, or a hub id (downloaded)."""
     folder = Path(path)
     if folder.is_dir():
         steps = sorted((int(child.name) for child in folder.iterdir() if child.name.isdigit()), reverse=True)
@@ -160,10 +204,12 @@ def _find(path: str) -> Path:
             raise UserError(
                 f"{folder} holds several checkpoints; give one of them, for example {folder / str(steps[0])}"
             )
+        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+            raise UserError(f"{folder} is the folder of a run; give {folder / 'export'} or one of its checkpoints")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise UserError(f"model.path: {path} is neither a folder nor a hub id (owner/name)")
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors*", "config.json", "*.py", *TOKENIZER_FILES]))
+        return Path(snapshot_download(path, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise UserError(f"model.path: {path} is not a folder, and cannot be had from the hub: {error}") from error

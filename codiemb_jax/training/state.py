@@ -1,9 +1,10 @@
 """What training changes: parameters and the optimizer's state."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -32,12 +33,17 @@ def abstract_model(family: Family, config: Any, settings: ModelSettings, mesh: j
     return graph, params
 
 
+def random_key(seed: int, purpose: Literal["projection", "dropout"]) -> jax.Array:
+    """A run's random key for one purpose: those of two purposes have nothing in common."""
+    return jax.random.fold_in(jax.random.key(np.uint32(seed)), ("projection", "dropout").index(purpose))
+
+
 def new_projection(abstract: Params, seed: int) -> Params:
     """A projection's initial parameters, laid out as `abstract` says."""
     size, projected = abstract["kernel"].shape
 
     def initial() -> Params:
-        params = nnx.to_pure_dict(nnx.state(Projection(size, projected, nnx.Rngs(seed))))
+        params = nnx.to_pure_dict(nnx.state(Projection(size, projected, nnx.Rngs(random_key(seed, "projection")))))
         return jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), params, abstract)
 
     return jax.jit(initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

@@ -18,7 +18,7 @@ from codiemb_jax.models.layers import TextModel
 from codiemb_jax.models.pooling import unit
 from codiemb_jax.objectives.tasks import ir_objective, mixed_objective, sts_objective
 from codiemb_jax.training.mesh import by_row, replicated, row_shards
-from codiemb_jax.training.state import TrainState
+from codiemb_jax.training.state import TrainState, random_key
 
 Metrics = dict[str, jax.Array]
 
@@ -100,7 +100,7 @@ def make_step(
     """
 
     def step(state: TrainState, number: jax.Array, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(settings.seed), number) if dropout else None
+        key = jax.random.fold_in(random_key(settings.seed, "dropout"), number) if dropout else None
         loss_of = partial(batch_loss, graph, batch=batch, key=key, settings=settings, mesh=mesh)
         (loss, parts), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

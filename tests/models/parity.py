@@ -42,7 +42,7 @@ def assert_same_hidden_states(
     *,
     relative: bool = False,
 ) -> None:
-    """Every layer's hidden states within 1e-4 of those of transformers.
+    """The hidden states of every layer (of a deep model: of five) within 1e-4 of those of transformers.
 
     tokens, mask: [texts, longest].  relative: in units of the token's largest state where that is over 1.
     """
@@ -53,10 +53,12 @@ def assert_same_hidden_states(
     params = ours.load()
     states = jax.jit(lambda params, layer: nnx.merge(ours.graph, params)(as_rows(tokens, mask), layer, lambda x: x))
     # transformers' last hidden state is the final-normed one of a decoder.
-    for number, expected in enumerate([*output.hidden_states[:-1], output.last_hidden_state]):
+    all_states = [*output.hidden_states[:-1], output.last_hidden_state]
+    last = len(all_states) - 1
+    for number in range(last + 1) if last <= 8 else (0, 1, last // 2, last - 1, last):
         final, tapped = states(params, number)
-        found = np.asarray(tapped if number < len(output.hidden_states) - 1 else final)[mask]
-        expected = expected.numpy()[mask]
+        found = np.asarray(tapped if number < last else final)[mask]
+        expected = all_states[number].numpy()[mask]
         scale = np.maximum(1, np.abs(expected).max(axis=-1, keepdims=True)) if relative else 1
         assert np.abs((found - expected) / scale).max() < 1e-4, f"state {number}"
 

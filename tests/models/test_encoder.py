@@ -63,6 +63,25 @@ def test_all_positions_are_those_of_transformers(kind, tmp_path, tokenizer_files
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+def test_padding_tokens_inside_a_text_have_the_positions_of_transformers(kind, tmp_path, tokenizer_files):
+    """An XLM-RoBERTa does not count a literal <pad> that a text holds."""
+    write(tmp_path, kind)
+    tokenizer_files(tmp_path)
+    ours = open_folder(tmp_path)
+    tokens, mask = random_tokens(300)
+    inside = np.random.default_rng(2).random(tokens.shape) < 0.1
+    tokens = np.where(mask & inside, 2, tokens)
+    tokens[2, :2] = 2
+    assert (tokens[mask] == 2).sum() > 40
+    assert_same_hidden_states(ours, read_theirs(tmp_path), np.where(mask, tokens, 2), mask)
+    model = nnx.merge(ours.graph, ours.load())
+    padded = as_rows(tokens[1:3, :140], mask[1:3, :140])
+    packed = Rows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
+    packed.segments[0, 7:138] = 2
+    np.testing.assert_allclose(embed(model, packed, slots=2), embed(model, padded), atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
 def test_padding_on_the_left_is_no_different(kind, tmp_path, tokenizer_files):
     write(tmp_path, kind)
     tokenizer_files(tmp_path)

@@ -83,12 +83,12 @@ def read_decoder_config(
 
 
 def as_stock(hf: Mapping[str, Any], model_type: str, architecture: str) -> dict[str, Any]:
-    """config.json under the name of an architecture that transformers itself knows, free of remote code."""
+    """config.json under the name of an architecture that transformers itself knows."""
     checked = check_config(HFDecoder, hf)
     # Named in full, for where config.json is silent the other architecture has defaults of its own.
     named = ("head_dim", "num_key_value_heads", "max_position_embeddings")
     return {
-        **{name: value for name, value in hf.items() if name != "auto_map"},
+        **hf,
         **{name: getattr(checked, name) for name in named},
         "model_type": model_type,
         "architectures": [architecture],

@@ -40,8 +40,8 @@ class Family:
 
 
 Positive = Annotated[int, Field(strict=True, gt=0)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(strict=True, ge=0, lt=1)]
+AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 class HFConfig(BaseModel):
@@ -54,7 +54,7 @@ class HFConfig(BaseModel):
     intermediate_size: Positive
     num_hidden_layers: Positive
     num_attention_heads: Positive
-    initializer_range: Annotated[float, Field(ge=0)] = 0.02
+    initializer_range: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.02
 
 
 Checked = TypeVar("Checked", bound=HFConfig)

@@ -17,6 +17,11 @@ class HFXLMRoberta(HFEncoder):
 
 def _read_config(hf: Mapping[str, Any]) -> EncoderConfig:
     config = read_encoder_config(hf, first_position=check_config(HFXLMRoberta, hf).pad_token_id + 1)
+    if config.first_position > config.vocab_size:
+        raise UserError(
+            f"config.json: pad_token_id {config.first_position - 1} is no token of a vocabulary of {config.vocab_size} "
+            "(vocab_size)"
+        )
     if config.max_positions < 1:
         raise UserError(
             f"config.json: max_position_embeddings {config.position_rows} leaves no position after pad_token_id "

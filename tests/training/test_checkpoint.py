@@ -1,0 +1,61 @@
+"""What a checkpoint holds and how it lies on disk; what is said of one that cannot be read."""
+
+import shutil
+
+import numpy as np
+import pytest
+import tensorstore
+
+from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
+from codiemb_jax.errors import UserError
+from codiemb_jax.training.checkpoint import CHUNK_BYTES
+from codiemb_jax.training.mesh import make_mesh
+from codiemb_jax.training.model import open_model
+from convert.hf_to_orbax import main as hf_to_orbax
+from convert.orbax_to_hf import main as orbax_to_hf
+from scripts.make_random_checkpoint import make
+
+WIDE = {
+    "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 4096, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def bytes_read() -> int:
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
+
+
+def test_one_device_of_a_mesh_reads_little_more_than_its_own_part(tmp_path):
+    make("youtu_embedding", tmp_path / "model", **WIDE)
+    hf_to_orbax(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "orbax")])
+    for name, shape in {"layers.up": (2, 1024, 2048), "embedding": (4096, 1024)}.items():
+        store = {"driver": "ocdbt", "base": f"file://{tmp_path / 'orbax' / 'params'}", "path": f"{name}/"}
+        array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+        assert array.shape == shape
+        before = bytes_read()
+        array[..., :512, :].read().result() if name != "embedding" else array[:, :512].read().result()
+        half = bytes_read() - before
+        assert 0.4 < half / (4 * np.prod(shape)) < 0.6, name
+        assert np.prod(array.chunk_layout.read_chunk.shape) * 4 <= CHUNK_BYTES
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make("bge_large_zh", folder / "model", **WIDE | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 2000})
+    hf_to_orbax(["--model", str(folder / "model"), "--output", str(folder / "orbax")])
+    return folder
+
+
+@pytest.mark.parametrize("part", ["params", "blueprint"])
+def test_a_damaged_checkpoint_is_told(part, tiny, tmp_path):
+    folder = tmp_path / "orbax"
+    shutil.copytree(tiny / "orbax", folder)
+    for path in (folder / part).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"{folder}.*: the checkpoint cannot be read"):
+        open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings())).load()
+    with pytest.raises(UserError, match=f"{folder}.*: the checkpoint cannot be read"):
+        orbax_to_hf(["--checkpoint", str(folder), "--output", str(tmp_path / "export")])
+    assert not list(tmp_path.glob("export*"))
