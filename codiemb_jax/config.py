@@ -15,8 +15,8 @@ from codiemb_jax.errors import UserError, listed
 
 
 def _path(value: Any) -> Any:
-    if value == "":
-        raise ValueError("a path must not be empty")
+    if value in ("", None):
+        raise ValueError("a path must not be empty; for no path at all give []")
     return Path(value).expanduser() if isinstance(value, str) else value
 
 
@@ -289,7 +289,8 @@ def _problem(problem: Any, node: yaml.Node | None, path: Path, flags: set[str]) 
     """One thing that is wrong with the settings: where it stands, what is wrong, what is there."""
     field = ".".join(str(part) for part in problem["loc"])
     line = _line(node, problem["loc"])
-    place = "--" if field in flags else f"{path}:{line}: " if line else ""
+    is_flag = any(field == flag or field.startswith(flag + ".") for flag in flags)
+    place = "--" if is_flag else f"{path}:{line}: " if line else ""
     if problem["type"] == "extra_forbidden":
         return f"{place}{field}: there is no such setting"
     if problem["type"] == "missing":

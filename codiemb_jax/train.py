@@ -190,7 +190,8 @@ def tell_what_differs(settings: Settings, model: ModelFolder) -> None:
     console = Console(stderr=True)
     for name, stored in model.stored.items():
         if stored is not None and stored != getattr(settings.model, name):
-            console.print(f"note: model.{name} is {getattr(settings.model, name)}, {model.path} has {stored}")
+            now = getattr(settings.model, name)
+            console.print(f"note: model.{name} is {now}, {model.path} has {stored}", soft_wrap=True)
 
 
 def inputs_of(

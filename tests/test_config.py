@@ -245,7 +245,18 @@ def test_a_wrong_flag_is_told_as_a_flag(refused):
     ]
 
 
+def test_no_data_of_a_task_is_an_empty_list(load, refused):
+    both = LEAST + "  sts: [sts.jsonl]\n"
+    assert refused(both, "--data.sts", "null")[1:] == [
+        "  --data.sts.0: a path must not be empty; for no path at all give [], found None"
+    ]
+    assert load(both, "--data.sts", "[]").data.sts == []
+
+
 WRONG_ONE = {
+    "seed: 4294967296": "FILE:6: seed: Input should be less than 4294967296, found 4294967296",
+    "objective: {mid_info_nce_threshold: .nan}": "FILE:6: objective.mid_info_nce_threshold: "
+    "Input should be a finite number, found nan",
     "seed: -1": "FILE:6: seed: Input should be greater than or equal to 0, found -1",
     "encode_chunks: 0": "FILE:6: encode_chunks: Input should be greater than 0, found 0",
     "optimizer: 3": "FILE:6: optimizer: Input should be a valid dictionary or instance of OptimizerSettings, found 3",

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
 from codiemb_jax.errors import UserError, run_program
 from codiemb_jax.train import main
+from convert.hf_to_orbax import main as hf_to_orbax
 
 IR = "data/news.jsonl"
 STS = "data/questions.jsonl"
@@ -233,8 +234,50 @@ def test_a_model_that_cannot_be_used_is_told(mistake, golden, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_folder_of_a_run_is_not_taken_for_a_model(golden, tmp_path):
+    (tmp_path / "earlier" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "earlier" / "config.yaml").write_text("")
+    model = {"path": str(tmp_path / "earlier")}
+    with pytest.raises(UserError, match="earlier is the folder of a run; give .*earlier/export or one of its checkpoi"):
+        run(settings_of(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}), tmp_path)
+
+
+def test_weights_that_cannot_be_read_leave_no_run(golden, tmp_path):
+    """A checkpoint whose params are damaged: found when they are read, before output_dir is made."""
+    checkpoint = tmp_path / "checkpoint"
+    hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
+    for path in (checkpoint / "params" / "d").iterdir():
+        path.write_bytes(b"")
+    settings = settings_of(golden, tmp_path / "run", model={"path": str(checkpoint)}, data={"ir": [str(golden / IR)]})
+    with pytest.raises(UserError, match="checkpoint: the checkpoint cannot be read"):
+        run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_finite_is_blamed_and_not_the_rate(golden, tmp_path):
+    folder = copy_model(golden, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["norm.weight"][3] = np.nan
+    save_file(weights, folder / "model.safetensors")
+    settings = settings_of(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
+    with pytest.raises(UserError, match="step 0 .*nothing has been trained yet: look for weights in the model"):
+        run(settings, tmp_path)
+
+
+def test_it_is_told_if_a_folder_pooled_otherwise(golden, tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint"
+    hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
+    model = {"path": str(checkpoint), "pooling": "last_token"}
+    settings = settings_of(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}, export=False)
+    run(settings, tmp_path, "--optimizer.max_steps", "1")
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
+        f"note: model.pooling is last_token, {checkpoint} has mean"
+    ]
+
+
 DATA_MISTAKES = {
     "missing file": (None, {}, "no such file"),
+    "huge score": ({"task_type": "sts", "positive_scores": [1e39]}, {}, "finite number, at most 3e38"),
     "wrong score": ({"task_type": "sts", "positive_scores": ["high"]}, {}, r"data.jsonl:1: positive_scores\[0\]"),
     "empty text": ({"query": ["a", "", " : "]}, {}, "data.jsonl:1: query: the text is empty"),
     "wrong task": ({"task_type": "sts", "positive_scores": [1.0]}, {}, "move it from data.ir to data.sts"),

@@ -122,6 +122,7 @@ def test_the_weights_are_where_they_belong(family, make):
         ({"num_attention_heads": 5}, ("num_attention_heads must divide hidden_size",)),
         ({"is_decoder": True}, ("is_decoder", "False")),
         ({"hidden_dropout_prob": 1.0}, ("hidden_dropout_prob", "less than 1")),
+        ({"layer_norm_eps": "1e-12"}, ("layer_norm_eps", "'1e-12'")),
     ],
     ids=str,
 )
@@ -155,6 +156,8 @@ def test_a_padding_id_that_the_tokenizer_does_not_share(make):
     assert "1 in config.json (pad_token_id) but 2 in the tokenizer" in message
     message = refusal(make("xlm-roberta", weights, pad_token_id=80))
     assert "max_position_embeddings 67 leaves no position after pad_token_id 80" in message
+    message = refusal(make("xlm-roberta", weights, pad_token_id=300, max_position_embeddings=400))
+    assert "pad_token_id 300 is no token of a vocabulary of 300 (vocab_size)" in message
 
 
 def test_an_encoder_is_not_causal(make):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
@@ -385,6 +386,34 @@ def test_a_missing_shard_is_named(make):
     assert "model-00002-of-00003.safetensors not found; weights must be safetensors" in refusal(folder)
 
 
+def test_an_overlong_name_of_a_shard_is_one_that_is_missing(make):
+    config = CONFIG | {"model_type": "llama"}
+    folder = make(config, random_weights(config, ("F32",)), shards=2)
+    change_index(folder, **{"norm.weight": "x" * 300})
+    assert f"{'x' * 300} not found" in refusal(folder)
+
+
+def test_a_weight_in_two_shards_or_in_none_is_told(make):
+    config = CONFIG | {"model_type": "llama"}
+    folder = make(config, random_weights(config, ("F32",)), shards=2)
+    change_index(folder, **{"lm_head.weight": "model-00001-of-00002.safetensors"})
+    assert "weight_map: no file holds lm_head.weight" in refusal(folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))
+    weights = load_file(first)
+    save_file(weights | load_file(second), second)
+    assert f"{second}: " in refusal(folder)
+    assert "is also in model-00001-of-00002.safetensors; remove one of them" in refusal(folder)
+
+
+def test_an_untrained_weight_of_a_type_that_cannot_be_carried_is_told(make):
+    config = CONFIG | {"model_type": "llama"}
+    folder = make(config, {})
+    weights = {name: torch.from_numpy(weight) for name, weight in random_weights(config, ("F32",)).items()}
+    head = torch.zeros((300, 16), dtype=torch.float8_e4m3fn)
+    save_torch_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
+    assert "type: lm_head.weight is F8_E4M3, supported are BF16, F16, F32, F64, I8" in refusal(folder)
+
+
 def test_a_pickle_is_not_read(make):
     config = CONFIG | {"model_type": "llama"}
     folder = make(config, random_weights(config, ("F32",)))
@@ -447,6 +476,7 @@ UNUSABLE = {
     "sliding window": ({"use_sliding_window": True}, ("use_sliding_window", "False", "True")),
     "odd heads": ({"num_key_value_heads": 3}, ("num_key_value_heads must divide num_attention_heads",)),
     "text for a number": ({"hidden_size": "16"}, ("hidden_size", "'16'")),
+    "text for a rate": ({"rms_norm_eps": "1e-6"}, ("rms_norm_eps", "'1e-6'")),
     "no width": ({"hidden_size": None}, ("hidden_size", "None")),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, ("linear", "factor")),
 }
