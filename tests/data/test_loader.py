@@ -2,14 +2,13 @@
 
 import json
 import random
-from itertools import chain
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from codiemb_jax.batch import IRBatch, Rows, STSBatch
+from codiemb_jax.batch import Batch, IRBatch, MixedBatch, Rows, STSBatch
 from codiemb_jax.config import DataSettings, PromptSettings
 from codiemb_jax.data.loader import StepSource, batches, own_slices, padded_rows, to_global
 from codiemb_jax.data.prepare import PreparedDataSet, prepare
@@ -84,6 +83,15 @@ def plan(data_sets) -> Plan:
     return plan
 
 
+@pytest.fixture(scope="module")
+def mixed_plan(data_sets) -> Plan:
+    """Two examples for each of eight devices, some of them IR and some STS in every step."""
+    settings = SETTINGS.model_copy(update={"sampler": "mixed", "ir_global_batch_size": 16})
+    plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings, 5, 8)
+    assert all({data_sets[part.source].task for part in plan.step(i).parts} == {"ir", "sts"} for i in range(4))
+    return plan
+
+
 def make_mesh(*shape: int) -> jax.sharding.Mesh:
     return jax.make_mesh(
         shape, ("data", "fsdp", "tensor"), devices=jax.devices()[: int(np.prod(shape))],
@@ -124,7 +132,9 @@ class Expected:
         return text
 
     def fields(self, step: StepPlan) -> list[object]:
-        """Rows of queries, rows of passages, and present or scores."""
+        """Rows of queries, rows of passages, and present or scores; of a mixed step all of them, and is_ir."""
+        if step.task == "mixed":
+            return self.mixed(step)
         examples = [self.lines[step.parts[0].source][example] for example in step.parts[0].examples]
         queries = laid_out([self.query(example["query"]) for example in examples], step.query_row)
         if step.task == "sts":
@@ -138,13 +148,31 @@ class Expected:
             present.append([bool(example["negatives"])] * 3)
         return [queries, laid_out(passages, step.passage_row), present]
 
+    def mixed(self, step: StepPlan) -> list[object]:
+        queries: list[Tokens | None] = []
+        passages: list[Tokens | None] = []
+        present, scores, is_ir = [], [], []
+        for part in step.parts:
+            for number, chosen in zip(part.examples, part.texts.tolist(), strict=True):
+                example = self.lines[part.source][number]
+                queries.append(self.query(example["query"]))
+                is_ir.append(example["task_type"] == "ir")
+                own = example["positives"] + example["negatives"] if is_ir[-1] else []
+                if not is_ir[-1]:
+                    passages += [self.query(example["positives"][0]), None, None, None, None]
+                else:
+                    passages += [None if text < 0 else self.passage(own[text]) for text in chosen]
+                present.append([bool(example["negatives"])] * 3 if is_ir[-1] else [False] * 3)
+                scores.append(float(np.float32(example.get("positive_scores", [0.0])[0])))
+        return [laid_out(queries, step.query_row), laid_out(passages, step.passage_row), present, scores, is_ir]
+
 
 @pytest.fixture(scope="module")
 def expected(data_sets, encoder) -> Expected:
     return Expected(data_sets, encoder)
 
 
-def assert_holds(batch: IRBatch | STSBatch, fields: list[object]) -> None:
+def assert_holds(batch: Batch, fields: list[object]) -> None:
     for found, wanted in zip(batch, fields, strict=True):
         if isinstance(found, Rows):
             for name in Rows._fields:
@@ -170,6 +198,19 @@ def test_batches_hold_the_planned_examples_on_any_mesh(shape, plan, data_sets, e
             assert leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // (shape[0] * shape[1])
         types = {"ir": bool, "sts": np.float32}
         assert batch[2].dtype == types[step.task]
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1)])
+def test_a_mixed_batch_holds_what_each_device_has_been_dealt(shape, mixed_plan, data_sets, expected):
+    for step, batch in batches(mixed_plan, data_sets, by_row(make_mesh(*shape)), start=0, stop=4):
+        assert type(batch) is MixedBatch
+        assert_holds(batch, expected.fields(step))
+        assert step.tokens == sum(int((rows.segments > 0).sum()) for rows in batch[:2])
+        assert step.computed_tokens == sum(rows.segments.size for rows in batch[:2])
+        for device, (part, shard) in enumerate(zip(step.parts, batch.is_ir.addressable_shards, strict=True)):
+            assert part.examples.size == 2
+            assert shard.index == (slice(2 * device, 2 * device + 2),)
+            assert np.asarray(shard.data).tolist() == [data_sets[part.source].task == "ir"] * 2
 
 
 def test_starting_later_leaves_out_the_steps_before(plan, data_sets):
@@ -228,17 +269,22 @@ def test_own_slices_are_those_of_the_devices(hosts, shape):
         assert slices == [(shard * per_shard, (shard + 1) * per_shard) for shard in shards]
 
 
+@pytest.mark.parametrize("sampler", ["dynamic", "mixed"])
 @pytest.mark.parametrize("hosts", HOSTS)
 def test_hosts_read_their_own_examples_alone_and_make_up_the_global_batch(
-    hosts, plan, data_sets, expected, monkeypatch
+    hosts, sampler, plan, mixed_plan, data_sets, expected, monkeypatch
 ):
+    plan = mixed_plan if sampler == "mixed" else plan
     mesh = make_mesh(8, 1, 1)
     sharding = by_row(mesh)
-    read: list[int] = []
+    read: list[tuple[str, int]] = []
     original = PreparedDataSet.read
-    monkeypatch.setattr(
-        PreparedDataSet, "read", lambda self, examples: read.extend(examples) or original(self, examples)
-    )
+
+    def recorded(self: PreparedDataSet, examples: np.ndarray) -> list[list[Tokens]]:
+        read.extend((self.task, example) for example in examples.tolist())
+        return original(self, examples)
+
+    monkeypatch.setattr(PreparedDataSet, "read", recorded)
     arrays: list[dict[jax.Device, np.ndarray]] = []
 
     def fake(shape, layout, callback):
@@ -250,25 +296,26 @@ def test_hosts_read_their_own_examples_alone_and_make_up_the_global_batch(
     for number in range(4):
         step = plan.step(number)
         whole = StepSource(plan, data_sets, sharding, STEPS)[number][1]
-        seen: list[int] = []
+        dealt = [(data_sets[part.source].task, i) for part in step.parts for i in part.examples.tolist()]
+        size = len(dealt) // 8
+        seen: list[tuple[str, int]] = []
         for own in HOSTS[hosts]:
             layout = OwnDevices(sharding, [mesh.devices.flat[i] for i in own])
             source = StepSource(plan, data_sets, layout, STEPS)
             read.clear()
             assert len(source) == STEPS
             host_plan, local = source[number]
-            assert host_plan.parts[0].examples.tolist() == step.parts[0].examples.tolist()
-            size = step.parts[0].examples.size // 8
-            rows = chain.from_iterable(range(i * size, (i + 1) * size) for i in sorted(own))
-            assert read == step.parts[0].examples[list(rows)].tolist()
+            for one, other in zip(host_plan.parts, step.parts, strict=True):
+                assert (one.source, one.examples.tolist()) == (other.source, other.examples.tolist())
+            assert read == [example for i in sorted(own) for example in dealt[i * size : (i + 1) * size]]
             seen += read
             for part, leaf in zip(jax.tree.leaves(local), jax.tree.leaves(whole), strict=True):
                 arrays.clear()
-                assert to_global(part, layout, step.parts[0].examples.size) == leaf.shape
+                assert to_global(part, layout, len(dealt)) == leaf.shape
                 for i in own:
                     block = leaf.shape[0] // 8
                     np.testing.assert_array_equal(arrays[0][mesh.devices.flat[i]], leaf[i * block : (i + 1) * block])
-        assert sorted(seen) == sorted(step.parts[0].examples)
+        assert sorted(seen) == sorted(dealt)
         assert_holds(whole, expected.fields(step))
 
 
