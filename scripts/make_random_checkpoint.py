@@ -2,12 +2,12 @@
 
     python scripts/make_random_checkpoint.py --shape youtu_embedding --output models/random_youtu
 
-Shapes are the files in codiemb_jax/shapes.  The tokenizer is that of the quickstart.
+Shapes are the files in codiemb_jax/shapes.  The tokenizer is that of the quickstart, its special tokens under the names
+and ids that the model's own has, so that the model's recipe runs.
 """
 
 import argparse
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 import codiemb_jax
 from codiemb_jax.config import MeshSettings, ModelSettings
+from codiemb_jax.files import write_json
 from codiemb_jax.models.families import family_of
 from codiemb_jax.models.weights import NUMPY_TYPES, LazyArray, weight_names, write_weights
 from codiemb_jax.training.mesh import make_mesh
@@ -24,7 +25,7 @@ from codiemb_jax.training.state import abstract_model
 
 PACKAGE = Path(codiemb_jax.__file__).parent
 SHAPES = {path.stem: path for path in sorted((PACKAGE / "shapes").glob("*.json"))}
-TYPES = {np.dtype(numpy).name: name for name, numpy in NUMPY_TYPES.items()}
+TYPES = {numpy.name: name for name, numpy in NUMPY_TYPES.items()}
 
 
 def random_weight(path: str, shape: tuple[int, ...], std: float, dtype: np.dtype) -> np.ndarray:
@@ -37,13 +38,37 @@ def random_weight(path: str, shape: tuple[int, ...], std: float, dtype: np.dtype
     return value.astype(dtype)
 
 
+SPECIAL = {
+    "bert": {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
+    "xlm-roberta": {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"},
+}
+"""A family's special tokens, from id 0; others keep those of the quickstart."""
+
+
+def write_tokenizer(folder: Path, model_type: str) -> None:
+    """The quickstart's tokenizer; its first three tokens are the special ones."""
+    source = PACKAGE / "quickstart" / "model"
+    tokenizer, config = (
+        json.loads((source / name).read_text(encoding="utf-8")) for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    if special := SPECIAL.get(model_type):
+        names = list(special.values())
+        others = {token: number for token, number in tokenizer["model"]["vocab"].items() if number >= len(names)}
+        tokenizer["model"]["vocab"] = {name: number for number, name in enumerate(names)} | others
+        for added, name in zip(tokenizer["added_tokens"], names, strict=True):
+            added["content"] = name
+        config = {name: value for name, value in config.items() if not name.endswith("_token")} | special
+    for name, content in {"tokenizer.json": tokenizer, "tokenizer_config.json": config}.items():
+        write_json(folder / name, content)
+
+
 def make(shape: str, output: Path, **changes: Any) -> None:
     """Writes the folder; `changes` are keys of config.json that differ from the shape's own."""
     config = json.loads(SHAPES[shape].read_text(encoding="utf-8")) | changes
     family = family_of(config)
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
     _, abstract = abstract_model(family, family.read_config(config), ModelSettings(path=shape), mesh)
-    dtype = np.dtype(NUMPY_TYPES[TYPES[config["torch_dtype"]]])
+    dtype = NUMPY_TYPES[TYPES[config["torch_dtype"]]]
 
     def lazy(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> LazyArray:
         name = ".".join(key.key for key in path)
@@ -53,10 +78,9 @@ def make(shape: str, output: Path, **changes: Any) -> None:
     params = jax.tree_util.tree_map_with_path(lazy, abstract)
     names = [name for w in family.weights for name in weight_names(w, "", config["num_hidden_layers"])]
     output.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(PACKAGE / "quickstart" / "model" / name, output)
+    write_tokenizer(output, config["model_type"])
     write_weights(output, params, {}, family.weights, "", dict.fromkeys(names, TYPES[dtype.name]))
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "config.json", config)
 
 
 def main() -> None:

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -69,52 +71,64 @@ def test_the_loss_is_the_mean_of_what_each_device_has(chunks, golden, tmp_path):
         for path in paths
     ]
     plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings.data, settings.seed, 4)
-    tasks = set()
+    graph, objective = model.graph, settings.objective
+
+    def of_device(params: Any, batch: MixedBatch, device: int, is_ir: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What a device's two examples amount to, computed without the others."""
+        own = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(4, -1, *leaf.shape[1:])[device], batch)
+        encoded = [embed_with_middle(nnx.merge(graph, params), rows) for rows in (own.queries, own.passages)]
+        (first, middle_first), (second, middle_second) = jax.tree.map(unit, encoded)
+        if is_ir:
+            return ir_objective(first, second, own.present, settings=objective)
+        # Of a pair's three texts only the first is one.
+        return sts_objective(first, second[::3], (middle_first, middle_second[::3]), own.scores, settings=objective)
+
+    compiled = jax.jit(jax.value_and_grad(of_device, has_aux=True), static_argnums=3)
+    mixes = set()
     with jax.set_mesh(mesh):
         params = model.load()
-        loss_of = jax.jit(partial(batch_loss, model.graph, settings=settings, mesh=mesh))
-        alone = jax.jit(lambda rows: jax.tree.map(unit, embed_with_middle(nnx.merge(model.graph, params), rows)))
-        for step, batch in batches(plan, data_sets, by_row(mesh), start=0, stop=4):
-            assert isinstance(batch, MixedBatch)
-            loss, parts = loss_of(params, batch)
-            first, middle_first = alone(batch.queries)
-            second, middle_second = alone(batch.passages)
-            expected: dict[str, list[float]] = {}
-            for device, part in enumerate(step.parts):
-                task = data_sets[part.source].task
-                own = slice(2 * device, 2 * device + 2)
-                assert np.asarray(batch.is_ir)[own].tolist() == [task == "ir"] * 2
-                if task == "ir":
-                    vectors = (first[own], second[6 * device : 6 * device + 6], batch.present[own])
-                    device_loss, device_parts = ir_objective(*vectors, settings=settings.objective)
-                else:
-                    texts = slice(6 * device, 6 * device + 6, 3)
-                    middle = (middle_first[own], middle_second[texts])
-                    scores = data_sets[part.source].scores(part.examples)
-                    vectors = (first[own], second[texts], middle, scores)
-                    device_loss, device_parts = sts_objective(*vectors, settings=settings.objective)
-                for name, value in {"loss": device_loss, **device_parts}.items():
-                    expected.setdefault(name, []).append(float(value))
-                tasks.add(task)
-            for name, value in {"loss": loss, **parts}.items():
-                if name in expected:
-                    assert float(value) == pytest.approx(np.mean(expected[name]), rel=1e-5, abs=1e-6), name
-                else:
-                    assert np.isnan(value)
-    assert tasks == {"ir", "sts"}
+        whole = jax.jit(jax.value_and_grad(partial(batch_loss, graph, settings=settings, mesh=mesh), has_aux=True))
+        found = [
+            (step, jax.device_get(batch), jax.device_get(whole(params, batch)))
+            for step, batch in batches(plan, data_sets, by_row(mesh), start=0, stop=4)
+        ]
+    params = jax.device_get(params)
+    for step, batch, ((loss, parts), gradient) in found:
+        assert isinstance(batch, MixedBatch)
+        expected: dict[str, list[float]] = {}
+        gradients = []
+        is_ir = tuple(data_sets[part.source].task == "ir" for part in step.parts)
+        for device in range(4):
+            (device_loss, device_parts), device_gradient = compiled(params, batch, device, is_ir[device])
+            gradients.append(device_gradient)
+            for name, value in {"loss": device_loss, **device_parts}.items():
+                expected.setdefault(name, []).append(float(value))
+        for name, value in {"loss": loss, **parts}.items():
+            if name in expected:
+                assert value == pytest.approx(np.mean(expected[name]), rel=1e-5, abs=1e-6), name
+            else:
+                assert np.isnan(value)
+        for one, *others in zip(jax.tree.leaves(gradient), *map(jax.tree.leaves, gradients), strict=True):
+            np.testing.assert_allclose(one, np.mean(others, axis=0), atol=2e-5 * np.abs(one).max())
+        mixes.add(is_ir)
+    assert len(mixes) > 1 and {True, False} == {one for mix in mixes for one in mix}
+
+
+def start(settings: dict, folder: Path, devices: int, *flags: str) -> subprocess.CompletedProcess:
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(folder / "settings.yaml"), *flags]
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "CODIEMB_JAX_CACHE": str(folder / "cache"),
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_it_runs_through_on_four_devices(golden, tmp_path):
     settings = settings_of(
         golden, tmp_path, optimizer={"learning_rate": 1e-4, "max_steps": 12}, export=False, mesh={"fsdp": 2}
     )
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(tmp_path / "settings.yaml")]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "CODIEMB_JAX_CACHE": str(tmp_path / "cache"),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = start(settings, tmp_path, 4)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12))
@@ -131,3 +145,26 @@ def test_it_runs_through_on_four_devices(golden, tmp_path):
         assert np.isfinite(line["loss"]) and line["grad_norm"] > 0
         mixes.add(tuple(sorted(names)))
     assert len(mixes) > 5
+    # Its steps are made of what four devices hold.
+    settings["mesh"] = {"fsdp": 1}
+    done = start(settings, tmp_path, 2)
+    assert done.returncode == 2
+    assert "devices with rows of their own (mesh.data x mesh.fsdp): 4 there, 2 now" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+    done = start(settings, tmp_path, 4, "--mesh.tensor", "1")
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step 12 of 12" in done.stderr
+
+
+@pytest.mark.parametrize(("task", "pool"), [("ir", {"sts_list_size": 3}), ("sts", {"ir_pool_size": 3})])
+def test_one_task_alone(task, pool, golden, tmp_path):
+    """Pools of the absent task divide nothing, and matter to nobody."""
+    settings = settings_of(golden, tmp_path, optimizer={"max_steps": 2}, export=False)
+    settings["data"].pop("sts" if task == "ir" else "ir")
+    settings["objective"] = {"sts_list_size": None} | pool
+    done = start(settings, tmp_path, 4)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["mixed"] * 2
+    assert all(name.startswith(task) for line in lines for name in line["dataset"])
+    assert all(("info_nce" in line) == (task == "ir") for line in lines)
