@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,7 +11,6 @@ from transformers import BertConfig, BertForPreTraining, BertModel, XLMRobertaCo
 
 from codiemb_jax.batch import Rows
 from codiemb_jax.models.embed import embed, embed_with_middle
-from codiemb_jax.models.layers import dropout
 from tests.models.parity import as_rows, assert_same_hidden_states, open_folder, random_tokens, read_theirs
 
 TINY = {
@@ -134,23 +132,6 @@ def test_what_training_does_not_use_is_told_and_kept(tmp_path, tokenizer_files):
     assert {"bert.pooler.dense.weight", "cls.predictions.transform.dense.weight", "cls.seq_relationship.bias"} <= set(
         kept
     )
-
-
-def test_dropout_keeps_the_mean_and_drops_at_its_rate():
-    keys = jax.random.split(jax.random.key(0), 64)
-    found = np.asarray(dropout(jnp.ones((64, 50, 40)), 0.25, keys))
-    assert set(np.unique(found)) == {0.0, np.float32(1 / 0.75)}
-    # 128000 draws: four standard deviations of their mean are 0.005.
-    assert abs((found == 0).mean() - 0.25) < 0.005
-    assert np.ptp((found == 0).mean(axis=(1, 2))) < 0.1  # in every row
-
-
-def test_dropout_of_a_row_depends_on_its_key_alone():
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jnp.ones((4, 100))
-    found = np.asarray(dropout(x, 0.5, keys))
-    np.testing.assert_array_equal(np.asarray(dropout(x[2:3], 0.5, keys[2:3]))[0], found[2])
-    assert (found[0] != found[1]).any()
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])

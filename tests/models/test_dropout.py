@@ -1,0 +1,77 @@
+"""Dropout: its rate, its keys, and where it sits, against transformers in training."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, XLMRobertaConfig, XLMRobertaModel
+
+from codiemb_jax.models.layers import dropout
+from tests.models.parity import as_rows, open_folder, read_theirs
+
+TINY = {
+    "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 64, "initializer_range": 0.5,
+}  # fmt: skip
+MODELS = {
+    "bert": (BertModel, BertConfig, {}),
+    "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig, {"pad_token_id": 2, "type_vocab_size": 1}),
+    "llama": (LlamaModel, LlamaConfig, {"num_key_value_heads": 1}),
+}
+TEXT = (17, 200, 33, 140, 9)
+DRAWS = 8000
+
+
+def test_dropout_keeps_the_mean_and_drops_at_its_rate():
+    keys = jax.random.split(jax.random.key(0), 64)
+    found = np.asarray(dropout(jnp.ones((64, 50, 40)), 0.25, keys))
+    assert set(np.unique(found)) == {0.0, np.float32(1 / 0.75)}
+    # 128000 draws: four standard deviations of their mean are 0.005.
+    assert abs((found == 0).mean() - 0.25) < 0.005
+    assert np.ptp((found == 0).mean(axis=(1, 2))) < 0.1  # in every row
+
+
+def test_dropout_of_a_row_depends_on_its_key_alone():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jnp.ones((4, 100))
+    found = np.asarray(dropout(x, 0.5, keys))
+    np.testing.assert_array_equal(np.asarray(dropout(x[2:3], 0.5, keys[2:3]))[0], found[2])
+    assert (found[0] != found[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        ("bert", {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.0}),
+        ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.2}),
+        ("xlm-roberta", {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}),
+        ("llama", {"attention_dropout": 0.2}),
+    ],
+    ids=str,
+)
+def test_states_scatter_as_those_of_transformers_do(kind, rates, tmp_path: Path, tokenizer_files):
+    """Mean and scatter of each final state, over many draws: they would be others if dropout sat elsewhere."""
+    torch.manual_seed(0)
+    make, config, own = MODELS[kind]
+    make(config(**TINY | own | rates)).save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    tokens = np.tile(TEXT, (DRAWS, 1))
+    mask = np.ones_like(tokens, bool)
+    theirs = read_theirs(tmp_path).train()
+    theirs.config.is_causal = False
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).last_hidden_state.numpy()
+    ours = open_folder(tmp_path)
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    model = nnx.merge(ours.graph, ours.load())
+    found = np.asarray(model(as_rows(tokens, mask), 0, lambda _: (), keys)[0])
+    scatter, expected_scatter = found.std(axis=0), expected.std(axis=0)
+    assert np.median(expected_scatter) > 0.1
+    # A mean of so many draws is off by scatter / 63 or so, a scatter by a part in 126.
+    assert np.abs((found.mean(axis=0) - expected.mean(axis=0)) / expected_scatter).max() < 6 * (2 / DRAWS) ** 0.5
+    assert np.sum(scatter**2) == pytest.approx(np.sum(expected_scatter**2), rel=0.03)
+    np.testing.assert_allclose(scatter, expected_scatter, rtol=0.15)
