@@ -1,6 +1,7 @@
 """What a checkpoint holds and how it lies on disk; what is said of one that cannot be read."""
 
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -39,6 +40,30 @@ def test_one_device_of_a_mesh_reads_little_more_than_its_own_part(tmp_path):
         half = bytes_read() - before
         assert 0.4 < half / (4 * np.prod(shape)) < 0.6, name
         assert np.prod(array.chunk_layout.read_chunk.shape) * 4 <= CHUNK_BYTES
+
+
+def test_a_conversion_holds_few_weights_at_a_time(tmp_path, monkeypatch):
+    alive: list[weakref.ref] = []
+    most = 0
+    original = LazyArray.__array__
+
+    def read(self: LazyArray, *arguments, **options) -> np.ndarray:
+        nonlocal most
+        value = original(self, *arguments, **options)
+        alive.append(weakref.ref(value))
+        most = max(most, sum(array.nbytes for ref in alive if (array := ref()) is not None))
+        return value
+
+    monkeypatch.setattr(LazyArray, "__array__", read)
+    make("youtu_embedding", tmp_path / "model", **WIDE | {"num_hidden_layers": 6})
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    largest = 6 * 1024 * 2048 * 4  # the layers' MLP
+    most = 0
+    hf_to_orbax(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "orbax")])
+    assert largest <= most <= 2 * largest < 0.3 * size
+    most = 0
+    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
+    assert largest <= most <= 2.5 * largest < 0.4 * size  # the embeddings wait in the export's file
 
 
 @pytest.fixture(scope="module")
