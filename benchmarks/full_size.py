@@ -4,11 +4,13 @@
 
 Makes the model (2.41 B parameters, bfloat16, in shards), converts it Hugging Face -> Orbax -> Hugging Face, each in
 a process of its own, compares all weights bit by bit, and a few texts' vectors with those of transformers' Qwen3.
-Needs 15 GB of disk and 20 GB of memory; the memory is transformers'.
+Needs 20 GB of disk and 20 GB of memory; the memory is transformers'.  What an earlier try left is made anew, but for
+the random model.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -83,6 +85,8 @@ def main() -> None:
     parser.add_argument("--shape", default="youtu_embedding")
     work = parser.parse_args().work
     came, orbax, went, stock = (work / name for name in ("hf", "orbax", "back", "stock"))
+    for folder in (orbax, went, stock):
+        shutil.rmtree(folder, ignore_errors=True)
     if not came.exists():
         measured("scripts/make_random_checkpoint.py", "--shape", parser.parse_args().shape, "--output", str(came))
     size = sum(path.stat().st_size for path in came.glob("*.safetensors")) / 1e9

@@ -92,7 +92,7 @@ def _write_folder(
     encoding = blueprint.encoding
     dim = write_modules(temporary, dim, encoding["pooling"], encoding["normalize"], params.get("projection"))
     _write_sentence_transformers(temporary, blueprint, prompts)
-    (temporary / "README.md").write_text(_card(blueprint, prompts, dim), encoding="utf-8")
+    (temporary / "README.md").write_text(_card(blueprint, family, prompts, dim), encoding="utf-8")
 
 
 def export_prompts(prompt: PromptSettings) -> dict[str, str]:
@@ -187,7 +187,8 @@ POOLINGS = {
 }
 
 
-def _card(blueprint: Blueprint, prompts: dict[str, str], dim: int) -> str:
+def _card(blueprint: Blueprint, family: Family, prompts: dict[str, str], dim: int) -> str:
+    needs = "Needs transformers 5.2 or newer: older ones ignore `is_causal` in config.json.\n"
     length = "unit " if blueprint.encoding["normalize"] else ""
     rows = "\n".join(f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in prompts.items())
     return f"""---
@@ -202,8 +203,7 @@ Fine-tuned with [CoDiEmb](https://arxiv.org/abs/2508.11442) by codiemb_jax {__ve
 {blueprint.max_tokens} tokens to a {length}vector of {dim} dimensions; compare vectors by their cosine.
 Attention is {blueprint.encoding["attention"]}; a vector is {POOLINGS[blueprint.encoding["pooling"]]}.
 It was trained on texts without tabs, newlines, blanks and colons at their ends: strip yours (`text.strip("\\t\\n :")`).
-Needs transformers 5.2 or newer: older ones ignore `is_causal` in config.json.
-
+{needs if family.model is Decoder else ""}
 ```python
 from sentence_transformers import SentenceTransformer
 
