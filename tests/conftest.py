@@ -6,10 +6,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import atexit
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+# What one test has compiled serves the others, and the programs that they start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # A busy machine is no fault of the code: neither a deadline nor "input generation is slow" fails a test.
 hypothesis.settings.register_profile(
