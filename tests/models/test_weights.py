@@ -477,6 +477,7 @@ UNUSABLE = {
     "odd heads": ({"num_key_value_heads": 3}, ("num_key_value_heads must divide num_attention_heads",)),
     "text for a number": ({"hidden_size": "16"}, ("hidden_size", "'16'")),
     "text for a rate": ({"rms_norm_eps": "1e-6"}, ("rms_norm_eps", "'1e-6'")),
+    "layers without end": ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "1000")),
     "no width": ({"hidden_size": None}, ("hidden_size", "None")),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, ("linear", "factor")),
 }

@@ -52,7 +52,7 @@ class HFConfig(BaseModel):
     vocab_size: Positive
     hidden_size: Positive
     intermediate_size: Positive
-    num_hidden_layers: Positive
+    num_hidden_layers: Annotated[int, Field(strict=True, gt=0, le=1000)]
     num_attention_heads: Positive
     initializer_range: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.02
 
