@@ -40,7 +40,7 @@ class ModelSettings(Section):
     1, 2, 3 …; cls and last_token take the first or last of all tokens."""
     normalize: bool = True
     """Give vectors of length 1.  The objectives compare directions either way."""
-    projection_dim: Positive | None = None
+    projection_dim: Annotated[int, Field(gt=0, le=65536)] | None = None
     """Dimension of a learned linear layer on the vectors; null: none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout in training, for all of the model's dropouts; null: each as config.json says."""

@@ -28,7 +28,7 @@ from codiemb_jax.encode import Embedder
 from codiemb_jax.errors import UserError, listed, run_program
 from codiemb_jax.evaluate import Figures, HeldOut, evaluate, read_held_out
 from codiemb_jax.export import check_exportable, write_export
-from codiemb_jax.files import write_whole
+from codiemb_jax.files import read_json, write_whole
 from codiemb_jax.models.weights import Params
 from codiemb_jax.training.checkpoint import Checkpoints, has_checkpoints
 from codiemb_jax.training.mesh import by_row, make_mesh, row_shards
@@ -81,6 +81,8 @@ def train(settings: Settings) -> None:
     sources = [Source(str(data_set.path), data_set.task, data_set.index) for data_set in data_sets]
     plan = Plan(sources, settings.data, settings.seed, row_shards(mesh))
     inputs = inputs_of(settings, model, data_sets, mesh)
+    if (settings.output_dir / "checkpoints").is_file():
+        raise UserError(f"{settings.output_dir / 'checkpoints'}: is a file, and should be a folder; move it away")
     continued = has_checkpoints(settings.output_dir / "checkpoints")
     if continued:
         check_same_run(settings, inputs)
@@ -215,8 +217,8 @@ def check_same_run(settings: Settings, inputs: Mapping[str, str]) -> None:
     folder = settings.output_dir
     try:
         earlier = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-        earlier_inputs = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        earlier_inputs = read_json(folder / "inputs.json", dict)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError, UserError) as error:
         raise UserError(
             f"{folder} holds checkpoints, but config.yaml or inputs.json, which tell of what run, cannot be read "
             f"({error}); put them back, or start over in another output_dir"
@@ -262,7 +264,10 @@ def figures_before(
     """Figures of the model as it came; a continued run takes them from where its start wrote them."""
     path = settings.output_dir / "evaluation.json"
     if initial is None:
-        return json.loads(path.read_text(encoding="utf-8"))["before"] if path.exists() else {}
+        before = read_json(path, dict).get("before") if path.exists() else {}
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: holds no figures of `before`; put the file back, or remove it to go on without")
+        return before
     before = evaluate(embedder.with_params(initial), held_out)
     write_whole(path, json.dumps({"before": before}, indent=2) + "\n")
     return before

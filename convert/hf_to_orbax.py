@@ -1,7 +1,7 @@
 """python -m convert.hf_to_orbax --model DIR --output DIR
 
 Writes a Hugging Face model as an Orbax checkpoint that training starts from.  Pooling, normalisation and a linear layer
-are those of its modules.json; prompts are the default settings.
+are those of its modules.json; prompts are the default settings (with the weighted mean: none).
 """
 
 import argparse
@@ -12,7 +12,9 @@ import jax
 from pydantic import ValidationError
 
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
+from codiemb_jax.data.prompts import PromptEncoder
 from codiemb_jax.errors import UserError, listed, run_program
+from codiemb_jax.export import export_prompts
 from codiemb_jax.files import check_new
 from codiemb_jax.training.checkpoint import is_checkpoint, save_model
 from codiemb_jax.training.mesh import make_mesh
@@ -30,11 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if is_checkpoint(path):
         raise UserError(f"--model {path}: is an Orbax checkpoint already; give a folder in Hugging Face format")
     mesh = make_mesh(MeshSettings(), jax.devices("cpu")[:1])
-    model = open_model(encoding_of(path), PromptSettings(), mesh)
+    settings = encoding_of(path)
+    # The weighted mean cannot be exported with a prompt.
+    prompt = PromptSettings(query="") if settings.pooling == "weighted_mean" else PromptSettings()
+    model = open_model(settings, prompt, mesh)
+    PromptEncoder(model.blueprint.tokenizer(), prompt)  # finds a tokenizer that cannot be used
     check_new(options.output, "--output")
     save_model(options.output, model.stream(), model.stream_untrained(), model.blueprint)
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     print(f"wrote {count:,} parameters to {options.output}")
+    print(f"an export of it would have the prompts {export_prompts(prompt)}; a run sets its own")
 
 
 def encoding_of(path: Path) -> ModelSettings:

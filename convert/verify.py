@@ -33,17 +33,19 @@ def verify(folder: Path, model: ModelFolder) -> bool:
     prompt = PromptSettings(**model.blueprint.prompt)
     encoder = PromptEncoder(model.blueprint.tokenizer(), prompt)
     limit = model.blueprint.max_tokens
+    queries = [Triple(prompt.default_instruction, "", text) for text in PROBES]
+    documents = [Triple("", "", text) for text in PROBES]
+    query_tokens, document_tokens = encoder.encode_queries(queries, limit), encoder.encode_passages(documents, limit)
+    longest = max(text.ids.size for text in query_tokens + document_tokens)  # rows need not be longer
     mesh = jax.tree.leaves(model.abstract)[0].sharding.mesh
     embedder = Embedder(
-        model.graph, encoder, mesh, limit, prompt.default_instruction, model.blueprint.encoding["normalize"]
+        model.graph, encoder, mesh, longest, prompt.default_instruction, model.blueprint.encoding["normalize"]
     )
     embedder = embedder.with_params(as_written(model))
     theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": "float32"})
-    queries = [Triple(prompt.default_instruction, "", text) for text in PROBES]
-    documents = [Triple("", "", text) for text in PROBES]
     kinds = {
-        "query": (encoder.encode_queries(queries, limit), theirs.encode_query(list(PROBES))),
-        "document": (encoder.encode_passages(documents, limit), theirs.encode_document(list(PROBES))),
+        "query": (query_tokens, theirs.encode_query(list(PROBES))),
+        "document": (document_tokens, theirs.encode_document(list(PROBES))),
     }
     table = Table("kind", "text", "ids", "prompt tokens", "theirs", "cosine")
     cosines: list[float] = []

@@ -445,6 +445,16 @@ def test_every_pooling_and_projection_in_sentence_transformers(kind, settings, p
     assert np.allclose(lengths, 1, atol=1e-5) == settings.get("normalize", True)
 
 
+def test_the_direction_of_attention_goes_with_an_export(utu, tmp_path):
+    mesh = make_mesh(MeshSettings(), jax.devices()[:1])
+    settings = ModelSettings(path=str(utu.model), attention="causal")
+    model = open_model(settings, PromptSettings(), mesh)
+    write_export(tmp_path / "export", model.load(), {}, model.blueprint, stock=True)
+    assert open_model(settings, PromptSettings(), mesh).stored == {}
+    hf_to_orbax(["--model", str(tmp_path / "export"), "--output", str(tmp_path / "orbax")])
+    assert open_checkpoint(tmp_path / "orbax").blueprint.encoding["attention"] == "causal"
+
+
 def test_a_projection_survives_a_checkpoint_and_is_random_by_seed(utu, tmp_path):
     mesh = make_mesh(MeshSettings(fsdp=2))
     settings = ModelSettings(path=str(utu.model), projection_dim=20)

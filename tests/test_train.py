@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import struct
 from collections import defaultdict
 from pathlib import Path
@@ -209,6 +210,11 @@ def no_pad_token(folder: Path) -> None:
     path.write_text(json.dumps(config))
 
 
+def long_as_text(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "512"}))
+
+
 MODEL_MISTAKES = {
     "another architecture": (lambda f: change_config(f, model_type="t5"), "model_type 't5' is not supported"),
     "too few layers": (lambda f: change_config(f, num_hidden_layers=5), "missing: layers.4.mlp.up_proj.weight"),
@@ -217,6 +223,7 @@ MODEL_MISTAKES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors not found"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "no pad token": (no_pad_token, "no pad token"),
+    "text for a length": (long_as_text, "model_max_length: expected a number, found '512'"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "another rope": (lambda f: change_config(f, rope_scaling={"type": "yarn"}), "default, linear, llama3"),
     "few positions": (lambda f: change_config(f, max_position_embeddings=64), "may be at most 64"),
@@ -297,6 +304,33 @@ def test_data_that_cannot_be_used_is_told(mistake, golden, tmp_path):
     with pytest.raises(UserError, match=message):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+DAMAGED = {
+    "inputs.json: null": ("inputs.json", b"null", "config.yaml or inputs.json, which tell of what run, cannot be read"),
+    "config.yaml: no settings": ("config.yaml", b"1: 2", "config.yaml or inputs.json, which tell of what run, cannot"),
+    "evaluation.json: cut off": ("evaluation.json", b"{", "evaluation.json: not valid JSON"),
+    "evaluation.json: another": ("evaluation.json", b"{}", "evaluation.json: holds no figures of `before`"),
+    "metrics.jsonl: not text": (
+        "metrics.jsonl",
+        b"\xff",
+        "metrics.jsonl: holds 1 lines, the checkpoint to continue fro",
+    ),
+    "checkpoints: a file": ("checkpoints", b"", "checkpoints: is a file, and should be a folder"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_run_is_not_continued(damage, both_tasks, tmp_path):
+    name, content, message = DAMAGED[damage]
+    folder = tmp_path / "run"
+    shutil.copytree(both_tasks[0], folder)
+    if (folder / name).is_dir():
+        shutil.rmtree(folder / name)
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
+    assert (folder / name).read_bytes() == content
 
 
 def test_a_mistake_ends_the_program_with_2_and_one_message(tmp_path, capsys):

@@ -59,9 +59,14 @@ class Blueprint:
         with tempfile.TemporaryDirectory() as folder:
             write_files(Path(folder), self.files)
             try:
-                return PreTrainedTokenizerFast.from_pretrained(folder)
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             except Exception as error:  # the tokenizers library raises plain Exception on a malformed file
                 raise UserError(f"tokenizer.json, tokenizer_config.json: cannot be read: {error}") from error
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise UserError(
+                f"tokenizer_config.json: model_max_length {tokenizer.model_max_length!r}: expected a number"
+            )
+        return tokenizer
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:

@@ -29,6 +29,8 @@ class Rope:
         parts = {name: hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
         if wrong := [name for name, part in parts.items() if not isinstance(part, dict)]:
             raise UserError(f"config.json: {wrong[0]}: expected an object or null, found {hf[wrong[0]]!r}")
+        if nested := [name for name, value in parts["rope_parameters"].items() if isinstance(value, dict)]:
+            raise UserError(f"config.json: rope_parameters of their own for {nested[0]} layers are not supported")
         scaling = {**parts["rope_scaling"], **parts["rope_parameters"]}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in KINDS:
@@ -43,8 +45,9 @@ class Rope:
         numbers = {"rope_theta": scaling.get("rope_theta", hf.get("rope_theta", 10000.0))}
         numbers |= {name: scaling.get(name) for name in names}
         for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"config.json: rope_type {kind}: {name}: expected a number above 0, found {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+                shown = repr(value)[:40]
+                raise UserError(f"config.json: rope_type {kind}: {name}: expected a number above 0, found {shown}")
         return cls(theta=float(numbers.pop("rope_theta")), kind=kind, **numbers)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:

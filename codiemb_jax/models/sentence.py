@@ -44,18 +44,23 @@ def read_modules(folder: Path) -> Modules | None:
         return None
     modules = read_json(path, list)
     try:
-        paths = {module["type"].rsplit(".")[-1]: module["path"] for module in modules}
+        paths = {module["type"].rsplit(".")[-1]: module["path"].rstrip("/") for module in modules}
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: expected a list of objects with `type` and `path`") from error
     for name in paths.values():
-        if not isinstance(name, str) or name == ".." or Path(name).name != name:
+        if name == ".." or Path(name).name != name:
             raise UserError(f"{path}: {name!r} is not the name of a folder in this folder")
     if list(paths) not in ORDERS or len(paths) != len(modules):
         raise UserError(
             f"{path}: {' -> '.join(paths)} is not supported; supported are "
             f"{', '.join(' -> '.join(order) for order in ORDERS)}.  To train the transformer alone, remove modules.json"
         )
-    pooling = _pooling(read_json(folder / paths["Pooling"] / "config.json", dict))
+    if paths["Transformer"]:
+        raise UserError(
+            f"{path}: the transformer in {paths['Transformer']!r} is not read, only one in the folder itself (`path` "
+            f'""): move its files up, or give {folder / paths["Transformer"]} as the model'
+        )
+    pooling = _pooling(folder / paths["Pooling"] / "config.json")
     dense = folder / paths["Dense"] if "Dense" in paths else None
     projected = None if dense is None else _projected(dense)
     return Modules({"pooling": pooling, "normalize": "Normalize" in paths, "projection_dim": projected}, dense)
@@ -96,28 +101,33 @@ def open_dense(folder: Path, abstract: Params) -> WeightFiles:
     return files
 
 
-def _pooling(config: dict[str, Any]) -> str:
+def _pooling(path: Path) -> str:
     """Our name of the pooling that 1_Pooling/config.json describes; several of them, or others, as they are called."""
-    if "pooling_mode" in config:
-        modes = config["pooling_mode"]
-        modes, known = modes if isinstance(modes, list) else [modes], NEWER_POOLINGS
-    else:
-        start, known = "pooling_mode_", POOLINGS
-        modes = [key.removeprefix(start) for key, value in config.items() if key.startswith(start) and value is True]
+    config = read_json(path, dict)
+    start, known = "pooling_mode_", POOLINGS
+    modes: list[Any] = [key.removeprefix(start) for key, value in config.items() if key.startswith(start) and value]
+    if mode := config.get("pooling_mode"):
+        modes, known = mode if isinstance(mode, list) else [mode], NEWER_POOLINGS
+    if not modes or not all(isinstance(mode, str) for mode in modes):
+        raise UserError(f"{path}: names no pooling; expected pooling_mode_mean_tokens: true, or another of its kind")
     ours = {theirs: name for name, theirs in known.items()}
-    return "+".join(ours.get(mode, str(mode)) for mode in modes)
+    return "+".join(ours.get(mode, mode) for mode in modes)
 
 
 def _projected(folder: Path) -> int:
     """Dimension of a linear layer's output.  UserError if it computes anything beside W x + b."""
     path = folder / "config.json"
     config = read_json(path, dict)
-    expected = {"activation_function": IDENTITY, "bias": True}
-    for key, value in expected.items():
-        if config.get(key) != value:
+    vector = (None, "sentence_embedding")
+    supported: dict[str, tuple[Any, ...]] = {
+        "activation_function": (IDENTITY,), "bias": (True,), "use_residual": (None, False),
+        "module_input_name": vector, "module_output_name": vector,
+    }  # fmt: skip
+    for key, values in supported.items():
+        if config.get(key) not in values:
             raise UserError(
-                f"{path}: {key} {config.get(key)!r} is not supported, supported is {value!r}.  To train without this "
-                "layer, take it out of modules.json"
+                f"{path}: {key} {config.get(key)!r} is not supported, supported is {values[-1]!r}.  To train without "
+                "this layer, take it out of modules.json"
             )
     size = config.get("out_features")
     if type(size) is not int or size < 1:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from codiemb_jax.errors import UserError, listed
+from codiemb_jax.files import read_json
 from codiemb_jax.models.families.family import Family, Weight
 
 Params = dict[str, Any]
@@ -98,10 +99,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         return {}
+    index = read_json(path, dict)
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = index["weight_map"]
         names = sorted(weight_map.values(), key=str)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError) as error:
         raise UserError(f"{path}: expected a JSON object with `weight_map`") from error
     for name in names:
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:

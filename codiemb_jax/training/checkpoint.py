@@ -87,7 +87,7 @@ def _items(params: Params, untrained: Mapping[str, np.ndarray], blueprint: Bluep
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether a run's folder of checkpoints holds a complete one: unfinished ones have longer names."""
-    return any(child.name.isdigit() for child in folder.glob("*"))
+    return any(child.name.isdecimal() for child in folder.glob("*"))
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -106,7 +106,7 @@ class MetricsLog:
 
 def _keep_lines(path: Path, done: int) -> None:
     """Leaves the lines of steps 0 … done - 1; what a killed run wrote beyond its checkpoint goes."""
-    lines = path.read_text(encoding="utf-8").splitlines()[:done] if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:done] if path.exists() else []
     if len(lines) < done:
         raise UserError(
             f"{path}: holds {len(lines)} lines, the checkpoint to continue from is at step {done}; put the file back, "

@@ -35,6 +35,7 @@ from codiemb_jax.models.weights import (
     find_prefix,
     read_weights,
     stream_weights,
+    weight_names,
 )
 from codiemb_jax.training.checkpoint import (
     is_checkpoint,
@@ -64,7 +65,7 @@ class ModelFolder:
     """How the folder says that it encodes (fields of `ModelSettings`), as far as it does.  The settings decide, but for
     the projection: that is a weight."""
     _untrained: list[str]
-    """Names in a Hugging Face folder of the weights that an encoder does not use."""
+    """Names of the weights that an encoder does not use, as in the Hugging Face folder."""
     _dense: Path | None
     """Where a Hugging Face folder holds the projection."""
 
@@ -94,7 +95,10 @@ class ModelFolder:
     def stream_untrained(self) -> dict[str, LazyArray]:
         """Weights of the folder that an encoder does not use, each read when it is asked for."""
         if is_checkpoint(self.path):
-            return stream_untrained(self.path)
+            weights = stream_untrained(self.path)
+            if missing := sorted(set(self._untrained) - set(weights)):
+                raise UserError(f"{self.path}: the checkpoint is not whole, it lacks {', '.join(missing)}")
+            return weights
         files = WeightFiles(self.path)
         return {name: files.lazy(name) for name in self._untrained}
 
@@ -131,9 +135,11 @@ def open_model(
             f"set it to {stored_dim}"
         )
     graph, abstract = abstract_model(family, config, settings, mesh)
-    untrained: list[str] = []
     dense = None
-    if not is_checkpoint(path):
+    if is_checkpoint(path):
+        names = (weight_names(weight, blueprint.prefix, config.layers) for weight in family.weights)
+        untrained = sorted(set(blueprint.dtypes).difference(*names))
+    else:
         untrained = check_weights(WeightFiles(path), family.weights, blueprint.prefix, abstract, family.untrained)
         modules = read_modules(path)
         dense = modules.dense if modules else None
@@ -165,9 +171,15 @@ def read_blueprint(path: Path) -> Blueprint:
         files=read_tokenizer_files(path),
         code=read_code_files(path),
         max_tokens=0,
-        encoding=modules.encoding if modules else {},
+        encoding=_direction(config) | (modules.encoding if modules else {}),
         prompt={},
     )
+
+
+def _direction(config: Mapping[str, Any]) -> dict[str, str]:
+    """The direction of attention of a decoder, if config.json says it; exports do."""
+    causal = config.get("is_causal")
+    return {"attention": "causal" if causal else "bidirectional"} if isinstance(causal, bool) else {}
 
 
 @contextmanager
@@ -199,7 +211,7 @@ def find_model(path: str) -> Path:
     """The folder of a model: a path, or a hub id (downloaded)."""
     folder = Path(path)
     if folder.is_dir():
-        steps = sorted((int(child.name) for child in folder.iterdir() if child.name.isdigit()), reverse=True)
+        steps = sorted((int(child.name) for child in folder.iterdir() if child.name.isdecimal()), reverse=True)
         if steps and is_checkpoint(folder / str(steps[0])):
             raise UserError(
                 f"{folder} holds several checkpoints; give one of them, for example {folder / str(steps[0])}"

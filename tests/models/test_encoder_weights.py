@@ -121,6 +121,8 @@ def test_the_weights_are_where_they_belong(family, make):
         ({"position_embedding_type": "relative_key"}, ("position_embedding_type", "'absolute'", "'relative_key'")),
         ({"num_attention_heads": 5}, ("num_attention_heads must divide hidden_size",)),
         ({"is_decoder": True}, ("is_decoder", "False")),
+        ({"add_cross_attention": True}, ("add_cross_attention", "False")),
+        ({"chunk_size_feed_forward": 7}, ("chunk_size_feed_forward", "0")),
         ({"hidden_dropout_prob": 1.0}, ("hidden_dropout_prob", "less than 1")),
         ({"layer_norm_eps": "1e-12"}, ("layer_norm_eps", "'1e-12'")),
     ],

@@ -15,6 +15,7 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.training.mesh import make_mesh
 from codiemb_jax.training.model import open_model
 from convert.hf_to_orbax import main as hf_to_orbax
+from convert.orbax_to_hf import main as orbax_to_hf
 from convert.orbax_to_hf import open_checkpoint
 from scripts.make_random_checkpoint import make
 
@@ -91,6 +92,17 @@ IDENTITY = {"activation_function": "torch.nn.modules.linear.Identity", "bias": T
         ([TRANSFORMER, POOLING, module("Dense", "dense")], IDENTITY, "out_features None, expected a whole number"),
         (
             [TRANSFORMER, POOLING, module("Dense", "dense")],
+            IDENTITY | {"out_features": 48, "use_residual": True},
+            "use_residual True is not supported, supported is False",
+        ),
+        (
+            [TRANSFORMER, POOLING, module("Dense", "dense")],
+            IDENTITY | {"out_features": 48, "module_input_name": "token_embeddings"},
+            "module_input_name 'token_embeddings' is not supported",
+        ),
+        ([module("Transformer", "0_Transformer"), POOLING], {}, "transformer in '0_Transformer' is not read"),
+        (
+            [TRANSFORMER, POOLING, module("Dense", "dense")],
             IDENTITY | {"out_features": 20},
             "model.projection_dim None: .* was trained with a projection to 20; set it to 20",
         ),
@@ -113,3 +125,20 @@ def test_a_linear_layer_of_another_shape_is_told(bert, tmp_path):
     settings = ModelSettings(path=str(folder), projection_dim=20)
     with pytest.raises(UserError, match=r"dense: weights do not fit[^$]*linear.weight is \[20, 47\]"):
         open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
+
+
+@pytest.mark.parametrize("config", [{}, {"pooling_mode": [["cls"]]}, {"pooling_mode": {"a": 1}}, {"pooling_mode": 3}])
+def test_a_pooling_that_is_none_is_told(config, bert, tmp_path):
+    folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling=config)
+    with pytest.raises(UserError, match=r"pooling/config\.json: names no pooling"):
+        open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings()))
+
+
+def test_a_weighted_mean_is_converted_without_a_prompt(bert, tmp_path):
+    """With one it could not be exported again."""
+    config = {"pooling_mode": "weightedmean"}
+    folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling=config)
+    hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
+    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
+    prompts = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts == {"query": "", "document": ""}

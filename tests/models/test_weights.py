@@ -374,7 +374,7 @@ def test_an_index_does_not_reach_out_of_its_folder(name, make, tmp_path):
 
 def test_an_index_that_is_none(make):
     folder = make(CONFIG | {"model_type": "llama"}, random_weights(CONFIG | {"model_type": "llama"}, ("F32",)))
-    for text in ("{", "[]", '{"weight_map": []}', "{}", '{"weight_map": {"norm.weight": 3}}'):
+    for text in ("{", "[" * 100_000, "[]", '{"weight_map": []}', "{}", '{"weight_map": {"norm.weight": 3}}'):
         (folder / "model.safetensors.index.json").write_text(text)
         assert "model.safetensors.index.json: " in refusal(folder)
 
@@ -477,6 +477,16 @@ UNUSABLE = {
     "odd heads": ({"num_key_value_heads": 3}, ("num_key_value_heads must divide num_attention_heads",)),
     "text for a number": ({"hidden_size": "16"}, ("hidden_size", "'16'")),
     "text for a rate": ({"rms_norm_eps": "1e-6"}, ("rms_norm_eps", "'1e-6'")),
+    "sliding layers": ({"layer_types": ["sliding_attention"] * 3}, ("layer_types", "'full_attention'")),
+    "nested rope": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        ("rope_parameters of their own for full_attention layers",),
+    ),
+    "huge theta": ({"rope_theta": 10**400}, ("rope_theta", "expected a number above 0")),
+    "more heads than width": (
+        {"num_attention_heads": 64, "head_dim": None, "num_key_value_heads": None},
+        ("num_attention_heads must be at most hidden_size",),
+    ),
     "layers without end": ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "1000")),
     "no width": ({"hidden_size": None}, ("hidden_size", "None")),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, ("linear", "factor")),

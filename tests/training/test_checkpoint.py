@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import tensorstore
+from safetensors.numpy import load_file, save_file
 
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
@@ -85,6 +86,17 @@ def test_a_damaged_checkpoint_is_told(part, tiny, tmp_path):
         open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings())).load()
     with pytest.raises(UserError, match=f"{folder}.*: the checkpoint cannot be read"):
         orbax_to_hf(["--checkpoint", str(folder), "--output", str(tmp_path / "export")])
+    assert not list(tmp_path.glob("export*"))
+
+
+def test_a_checkpoint_that_lacks_a_weight_of_the_model_is_told(tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file(load_file(path) | {"pooler.dense.weight": np.ones((64, 64), np.float32)}, path)
+    hf_to_orbax(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "orbax")])
+    shutil.rmtree(tmp_path / "orbax" / "untrained")
+    with pytest.raises(UserError, match="the checkpoint is not whole, it lacks pooler.dense.weight"):
+        orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
     assert not list(tmp_path.glob("export*"))
 
 

@@ -46,11 +46,14 @@ class HFDecoder(HFConfig):
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
     use_sliding_window: Literal[False] | None = False
+    layer_types: list[Literal["full_attention"]] | None = None
 
     @model_validator(mode="after")
     def _heads(self) -> "HFDecoder":
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if not self.head_dim:
+            raise ValueError("num_attention_heads must be at most hidden_size, unless there is a head_dim")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_key_value_heads must divide num_attention_heads")
         if self.head_dim % 2:

@@ -24,6 +24,8 @@ class HFEncoder(HFConfig):
     hidden_dropout_prob: Rate = 0.1
     attention_probs_dropout_prob: Rate = 0.1
     is_decoder: Literal[False] = False
+    add_cross_attention: Literal[False] = False
+    chunk_size_feed_forward: Literal[0] = 0
 
     @model_validator(mode="after")
     def _heads(self) -> "HFEncoder":
