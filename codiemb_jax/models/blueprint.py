@@ -62,10 +62,8 @@ class Blueprint:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             except Exception as error:  # the tokenizers library raises plain Exception on a malformed file
                 raise UserError(f"tokenizer.json, tokenizer_config.json: cannot be read: {error}") from error
-        if not isinstance(tokenizer.model_max_length, int | float):
-            raise UserError(
-                f"tokenizer_config.json: model_max_length {tokenizer.model_max_length!r}: expected a number"
-            )
+        if not isinstance(longest := tokenizer.model_max_length, int | float):
+            raise UserError(f"tokenizer_config.json: model_max_length: expected a number, found {longest!r}")
         return tokenizer
 
 
