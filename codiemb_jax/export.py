@@ -179,7 +179,7 @@ def _write_sentence_transformers(folder: Path, blueprint: Blueprint, prompts: di
     )
 
 
-POOLINGS = {
+DESCRIPTIONS = {
     "mean": "the mean over the text's tokens, the prompt's left out",
     "weighted_mean": "the mean over the text's tokens, weighted 1, 2, 3 …, the prompt's left out",
     "cls": "the first token's",
@@ -201,7 +201,7 @@ tags: [sentence-transformers, feature-extraction, sentence-similarity, codiemb]
 
 Fine-tuned with [CoDiEmb](https://arxiv.org/abs/2508.11442) by codiemb_jax {__version__}. It maps a text of up to
 {blueprint.max_tokens} tokens to a {length}vector of {dim} dimensions; compare vectors by their cosine.
-Attention is {blueprint.encoding["attention"]}; a vector is {POOLINGS[blueprint.encoding["pooling"]]}.
+Attention is {blueprint.encoding["attention"]}; a vector is {DESCRIPTIONS[blueprint.encoding["pooling"]]}.
 It was trained on texts without tabs, newlines, blanks and colons at their ends: strip yours (`text.strip("\\t\\n :")`).
 {needs if family.model is Decoder else ""}
 ```python

@@ -33,12 +33,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_new(path: Path, flag: str) -> None:
-    """UserError unless a folder can be made at `path`; its parents are made."""
+    """UserError unless a folder can be made at `path`; nothing is left there."""
+    made: list[Path] = []
     try:
         if path.exists():
             raise UserError(f"{flag} {path}: already exists; give a folder that does not")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir()
-        path.rmdir()
+        for folder in reversed([path, *path.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be made: {error.strerror}") from error
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()

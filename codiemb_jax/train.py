@@ -193,7 +193,7 @@ def tell_what_differs(settings: Settings, model: ModelFolder) -> None:
     for name, stored in model.stored.items():
         if stored is not None and stored != getattr(settings.model, name):
             now = getattr(settings.model, name)
-            console.print(f"note: model.{name} is {now}, {model.path} has {stored}", soft_wrap=True)
+            console.print(f"note: model.{name} is {now}, {model.path} has {stored}", soft_wrap=True, markup=False)
 
 
 def inputs_of(
@@ -212,7 +212,7 @@ def inputs_of(
     return inputs
 
 
-def check_same_run(settings: Settings, inputs: Mapping[str, str]) -> None:
+def check_same_run(settings: Settings, inputs: Mapping[str, Any]) -> None:
     """UserError if output_dir holds checkpoints of a run that computes something else."""
     folder = settings.output_dir
     try:
@@ -285,7 +285,7 @@ def report(settings: Settings, before: Figures, after: Figures) -> None:
     if after:
         console.print(table)
     if settings.export:
-        console.print(f"exported to {settings.output_dir / 'export'}", soft_wrap=True)
+        console.print(f"exported to {settings.output_dir / 'export'}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder in Hugging Face format, or a hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoint to write")
     options = parser.parse_args(arguments)
+    check_new(options.output, "--output")
     path = find_model(options.model)
     if is_checkpoint(path):
         raise UserError(f"--model {path}: is an Orbax checkpoint already; give a folder in Hugging Face format")
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompt = PromptSettings(query="") if settings.pooling == "weighted_mean" else PromptSettings()
     model = open_model(settings, prompt, mesh)
     PromptEncoder(model.blueprint.tokenizer(), prompt)  # finds a tokenizer that cannot be used
-    check_new(options.output, "--output")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     save_model(options.output, model.stream(), model.stream_untrained(), model.blueprint)
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     print(f"wrote {count:,} parameters to {options.output}")

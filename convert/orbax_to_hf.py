@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--architecture", choices=["stock"], help="default: config.json as it came")
     parser.add_argument("--verify", action="store_true", help="compare with sentence-transformers")
     options = parser.parse_args(arguments)
+    check_new(options.output, "--output")
     if options.verify and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError("--verify needs sentence-transformers: pip install sentence-transformers")
     model = open_checkpoint(options.checkpoint)
@@ -41,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--verify: sentence-transformers would need the remote code of a {config['model_type']} model, which is "
             "never run; add --architecture stock"
         )
-    check_new(options.output, "--output")
     write_export(options.output, model.stream(), model.stream_untrained(), model.blueprint, stock=stock)
     print(f"wrote {options.output}")
     if options.verify:

@@ -3,7 +3,7 @@
     python scripts/make_random_checkpoint.py --shape youtu_embedding --output models/random_youtu
 
 Shapes are the files in codiemb_jax/shapes.  The tokenizer is that of the quickstart, its special tokens under the names
-and ids that the model's own has, so that the model's recipe runs.
+that the model's own has (and the padding id of its config), so that the model's recipe runs.
 """
 
 import argparse

@@ -628,6 +628,9 @@ def test_an_output_that_cannot_be_made_is_told(utu, tmp_path):
             hf_to_orbax(["--model", str(utu.model), "--output", str(output)])
         with pytest.raises(UserError, match=r"--output .* cannot be made"):
             orbax_to_hf(["--checkpoint", str(utu.checkpoint), "--output", str(output)])
+    with pytest.raises(UserError, match=r"--output .* cannot be made"):
+        hf_to_orbax(["--model", str(utu.model), "--output", str(tmp_path / "a" / "b" / ("x" * 300))])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,19 @@ def test_the_folder_of_a_run_is_not_taken_for_a_model(golden, tmp_path):
         run(settings_of(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}), tmp_path)
 
 
+def test_a_model_folder_may_be_its_own_output_dir(golden, tmp_path):
+    folder = copy_model(golden, tmp_path / "model")
+    settings = settings_of(golden, folder, model={"path": str(folder)}, data={"ir": [str(golden / IR)]}, export=False)
+    run(settings, tmp_path, "--optimizer.max_steps", "1")
+    assert len(run(settings, tmp_path, "--optimizer.max_steps", "1")) == 1
+
+
+def test_an_overlong_model_path_is_told(golden, tmp_path):
+    settings = settings_of(golden, tmp_path / "run", model={"path": "x" * 300}, data={"ir": [str(golden / IR)]})
+    with pytest.raises(UserError, match="model.path: x+ cannot be a folder: File name too long"):
+        run(settings, tmp_path)
+
+
 def test_weights_that_cannot_be_read_leave_no_run(golden, tmp_path):
     """A checkpoint whose params are damaged: found when they are read, before output_dir is made."""
     checkpoint = tmp_path / "checkpoint"
@@ -284,7 +297,7 @@ def test_it_is_told_if_a_folder_pooled_otherwise(golden, tmp_path, capsys):
 
 DATA_MISTAKES = {
     "missing file": (None, {}, "no such file"),
-    "huge score": ({"task_type": "sts", "positive_scores": [1e39]}, {}, "finite number, at most 3e38"),
+    "huge score": ({"task_type": "sts", "positive_scores": [1e39]}, {}, "finite number, at most 1e15"),
     "wrong score": ({"task_type": "sts", "positive_scores": ["high"]}, {}, r"data.jsonl:1: positive_scores\[0\]"),
     "empty text": ({"query": ["a", "", " : "]}, {}, "data.jsonl:1: query: the text is empty"),
     "wrong task": ({"task_type": "sts", "positive_scores": [1.0]}, {}, "move it from data.ir to data.sts"),

@@ -15,8 +15,8 @@ Task: TypeAlias = Literal["ir", "sts"]
 ENDINGS = (".json", ".jsonl")
 REQUIRED = ("task_type", "query", "positives")
 OPTIONAL = ("negatives", "positive_scores", "negative_scores")
-LARGEST_SCORE = 3e38
-"""Steps compute with scores in float32."""
+LARGEST_SCORE = 1e15
+"""Steps compute with squares of scores in float32."""
 TRIPLE = "a list of three strings [task instruction, instance instruction, text]"
 
 
@@ -220,7 +220,7 @@ class _Line:
         except OverflowError:
             score = math.inf
         if not abs(score) <= LARGEST_SCORE:
-            self._problem(field, _shown(value), "a finite number, at most 3e38")
+            self._problem(field, _shown(value), "a finite number, at most 1e15")
         return score
 
 

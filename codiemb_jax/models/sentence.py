@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from codiemb_jax.errors import UserError
 from codiemb_jax.files import read_json, write_json
 from codiemb_jax.models.families.family import Weight
-from codiemb_jax.models.weights import Params, WeightFiles, check_weights, write_weights
+from codiemb_jax.models.weights import Params, write_weights
 
 POOLINGS = {
     "cls": "cls_token", "mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last_token": "lasttoken",
@@ -92,13 +92,6 @@ def write_modules(folder: Path, dim: int, pooling: str, normalize: bool, project
     if normalize:
         write_json(folder / paths["Normalize"] / "config.json", {})
     return dim
-
-
-def open_dense(folder: Path, abstract: Params) -> WeightFiles:
-    """The weights of a linear layer, checked against the shapes in `abstract`."""
-    files = WeightFiles(folder)
-    check_weights(files, DENSE, "", abstract)
-    return files
 
 
 def _pooling(path: Path) -> str:

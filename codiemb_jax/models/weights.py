@@ -210,7 +210,11 @@ def as_stored(params: Params, table: Sequence[Weight], prefix: str, dtypes: Mapp
 
     def stored(weight: Weight) -> np.ndarray:
         leaf = np.asarray(_leaf(params, weight.ours))
-        return leaf.astype(stored_type(dtypes, weight_names(weight, prefix, leaf.shape[0])))
+        names = weight_names(weight, prefix, leaf.shape[0])
+        if "{layer}" not in weight.theirs:
+            return leaf.astype(NUMPY_TYPES[dtypes[names[0]]])
+        layers = [layer.astype(NUMPY_TYPES[dtypes[name]]) for layer, name in zip(leaf, names, strict=True)]
+        return np.stack(layers, dtype=stored_type(dtypes, names))
 
     return _tree(table, stored)
 

@@ -22,8 +22,9 @@ from codiemb_jax.models.blueprint import Blueprint
 from codiemb_jax.models.weights import LazyArray, Params
 from codiemb_jax.training.state import TrainState
 
-CHUNK_BYTES = 2**20
-"""Size of the blocks in which a converted weight is stored.  A device reads whole blocks: few bytes beyond its own."""
+PARTS, LEAST = 16, 128
+"""A converted weight is stored in blocks, of its last two axes a 16th each, but not below 128: devices that share a
+weight over a mesh read whole blocks, so no more than their own where their number divides 16."""
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save
 
@@ -105,6 +106,14 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
                 future.result()
         return []
 
+    async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
+        # Orbax cuts into equal parts only, and a vocabulary may be prime.
+        blocks = list(value.shape)
+        if value.ndim > 1:
+            blocks[-2:] = [min(size, max(-(-size // PARTS), LEAST)) for size in value.shape[-2:]]
+        tspec["metadata"]["chunks"] = blocks
+        await super()._open_and_write(value, tspec, ts_context)
+
 
 def save_model(folder: Path, params: Params, untrained: Mapping[str, Any], blueprint: Blueprint) -> None:
     """Writes a checkpoint without an optimizer's state; `params` and `untrained` hold `LazyArray`s."""
@@ -113,15 +122,10 @@ def save_model(folder: Path, params: Params, untrained: Mapping[str, Any], bluep
     handlers: dict[str, Any] = {"blueprint": ocp.JsonCheckpointHandler()}
     for name, tree in {"params": params, "untrained": dict(untrained)}.items():
         if tree:
-            items[name] = ocp.args.PyTreeSave(tree, jax.tree.map(_in_blocks, tree))
+            items[name] = ocp.args.PyTreeSave(tree)
             handlers[name] = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.Composite(**items))
-
-
-def _in_blocks(array: LazyArray) -> ocp.SaveArgs:
-    """How an array is cut for storage: first its layers from each other, then its longest axes."""
-    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if array.ndim == 3 else ())
 
 
 def stream_params(folder: Path) -> Params:

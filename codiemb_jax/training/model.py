@@ -26,7 +26,7 @@ from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.encoder import Encoder, EncoderConfig
 from codiemb_jax.models.families import family_of
 from codiemb_jax.models.families.family import Family
-from codiemb_jax.models.sentence import DENSE, open_dense, read_modules
+from codiemb_jax.models.sentence import DENSE, read_modules
 from codiemb_jax.models.weights import (
     LazyArray,
     Params,
@@ -144,7 +144,7 @@ def open_model(
         modules = read_modules(path)
         dense = modules.dense if modules else None
         if dense:
-            open_dense(dense, abstract["projection"])
+            check_weights(WeightFiles(dense), DENSE, "", abstract["projection"])
     blueprint = replace(
         blueprint,
         max_tokens=max_tokens or config.max_positions,
@@ -210,13 +210,18 @@ def _check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerFast, config: Dec
 def find_model(path: str) -> Path:
     """The folder of a model: a path, or a hub id (downloaded)."""
     folder = Path(path)
+    try:
+        folder.exists()
+    except OSError as error:
+        raise UserError(f"model.path: {path} cannot be a folder: {error.strerror}") from error
     if folder.is_dir():
         steps = sorted((int(child.name) for child in folder.iterdir() if child.name.isdecimal()), reverse=True)
         if steps and is_checkpoint(folder / str(steps[0])):
             raise UserError(
                 f"{folder} holds several checkpoints; give one of them, for example {folder / str(steps[0])}"
             )
-        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        of_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+        if of_run and not (folder / "config.json").is_file():
             raise UserError(f"{folder} is the folder of a run; give {folder / 'export'} or one of its checkpoints")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):

@@ -106,7 +106,7 @@ def test_examples_are_read_in_the_order_asked_for(tmp_path, encoder, cache):
 
 
 def test_sts_stores_the_pair_as_queries_and_its_score(tmp_path, encoder, cache):
-    scores = [0.1 + 0.2, -3.0, 1e38, 5, 0.25]
+    scores = [0.1 + 0.2, -3.0, 1e15, 5, 0.25]
     data = prepare(write_sts(tmp_path / "a.jsonl", scores), "sts", encoder, cache=cache, **LIMITS)
     assert data.index.score.tolist() == scores
     assert data.scores(np.array([4, 0])).tolist() == [0.25, np.float32(0.1 + 0.2)]

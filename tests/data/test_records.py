@@ -113,7 +113,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
 PARTS = "a list of three strings [task instruction, instance instruction, text]"
 TRIPLE = f"expected {PARTS}"
 NO_TEXT = "the text is empty, expected a text (its third part)"
-FINITE = "expected a finite number, at most 3e38"
+FINITE = "expected a finite number, at most 1e15"
 EACH = "expected one for each, or none"
 MISPLACED = (
     "task_type: '{0}' in a file of {1} data, expected '{1}'; "

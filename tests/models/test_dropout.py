@@ -64,11 +64,15 @@ def test_states_scatter_as_those_of_transformers_do(kind, rates, tmp_path: Path,
     theirs = read_theirs(tmp_path).train()
     theirs.config.is_causal = False
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).last_hidden_state.numpy()
+        output = theirs(torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask), output_hidden_states=True)
+    embedded, expected = (state.numpy() for state in (output.hidden_states[0], output.last_hidden_state))
     ours = open_folder(tmp_path)
     keys = jax.random.split(jax.random.key(0), DRAWS)
     model = nnx.merge(ours.graph, ours.load())
-    found = np.asarray(model(as_rows(tokens, mask), 0, lambda _: (), keys)[0])
+    found, ours_embedded = map(np.asarray, model(as_rows(tokens, mask), 0, lambda x: x, keys))
+    # A state of the embeddings is either dropped or what it is scaled up: the same two values on both sides.
+    for reduce in (np.min, np.max):
+        np.testing.assert_allclose(reduce(ours_embedded, axis=0), reduce(embedded, axis=0), atol=1e-5)
     scatter, expected_scatter = found.std(axis=0), expected.std(axis=0)
     assert np.median(expected_scatter) > 0.1
     # A mean of so many draws is off by scatter / 63 or so, a scatter by a part in 126.

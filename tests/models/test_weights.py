@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.families import family_of
-from codiemb_jax.models.weights import WeightFiles, read_weights, write_weights
+from codiemb_jax.models.weights import WeightFiles, as_stored, read_weights, write_weights
 from codiemb_jax.training.mesh import make_mesh
 from codiemb_jax.training.model import ModelFolder, open_model
 from codiemb_jax.training.state import abstract_model
@@ -301,6 +301,24 @@ def test_a_device_reads_only_its_own_part(make, monkeypatch):
     assert largest["layers.1.self_attn.q_proj.weight"] == 32 * 16 // 8
     assert largest["layers.2.mlp.down_proj.weight"] == 16 * 24 // 8
     assert largest["embed_tokens.weight"] == 300 * 16 // 4
+
+
+def test_weights_as_stored_are_those_of_the_files(make, tmp_path):
+    """Layers of one stacked weight may have come in different types."""
+    config = CONFIG | {"model_type": "llama"}
+    model = open_folder(make(config, random_weights(config, MIXED)))
+    random = np.random.default_rng(3)
+    params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), model.abstract)
+    table, dtypes = model.family.weights, model.blueprint.dtypes
+    stored = as_stored(params, table, "", dtypes)
+    for name, tree in {"rounded": stored, "plain": params}.items():
+        (tmp_path / name).mkdir()
+        write_weights(tmp_path / name, tree, {}, table, "", dtypes)
+    assert_bitwise(load_all(tmp_path / "rounded"), load_all(tmp_path / "plain"))
+    q = load_all(tmp_path / "plain")
+    for layer in range(3):
+        expected = q[f"layers.{layer}.self_attn.q_proj.weight"].T.astype(np.float32)
+        np.testing.assert_array_equal(stored["layers"]["q"][layer].astype(np.float32), expected)
 
 
 def test_bfloat16_master_weights_are_the_rounded_ones(make):
