@@ -26,12 +26,12 @@ from transformers import AutoModel
 
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.data.loader import padded_rows
-from codiemb_jax.data.prompts import PromptEncoder
-from codiemb_jax.data.records import Triple
+from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.text.records import Triple
 from codiemb_jax.models.embed import embed
-from codiemb_jax.models.weights import WeightFiles
-from codiemb_jax.training.mesh import make_mesh
-from codiemb_jax.training.model import open_model
+from codiemb_jax.checkpoints.safetensors import WeightFiles
+from codiemb_jax.sharding import make_mesh
+from codiemb_jax.checkpoints.model import open_model
 
 TEXTS = (
     "what is the capital of France",
@@ -65,7 +65,7 @@ def worst_cosine(checkpoint: Path, stock: Path) -> float:
     """Of the texts' vectors, ours of the checkpoint and those of transformers of the exported folder."""
     settings = ModelSettings(path=str(checkpoint), compute_dtype="float32", param_dtype="bfloat16")
     model = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
-    tokens = PromptEncoder(model.blueprint.tokenizer(), PromptSettings()).encode_queries(
+    tokens = PromptTokenizer(model.blueprint.tokenizer(), PromptSettings()).tokenize_queries(
         [Triple("Find the answer", "", text) for text in TEXTS], 512
     )
     rows = padded_rows(tokens, max(text.ids.size for text in tokens))
@@ -73,9 +73,9 @@ def worst_cosine(checkpoint: Path, stock: Path) -> float:
     jax.clear_caches()
     qwen3 = AutoModel.from_pretrained(stock, dtype=torch.float32).eval()
     with torch.no_grad():
-        mask = torch.from_numpy(rows.segments).long()
+        mask = torch.from_numpy(rows.segment_ids).long()
         states = qwen3(torch.from_numpy(rows.tokens).long(), attention_mask=mask).last_hidden_state.double().numpy()
-    theirs = np.einsum("rt,rtd->rd", rows.pooled, states)
+    theirs = np.einsum("rt,rtd->rd", rows.pooling_mask, states)
     return float(np.min(np.sum(ours * theirs, 1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)))
 
 

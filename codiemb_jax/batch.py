@@ -1,67 +1,47 @@
-"""What a batch is: rows of tokens plus segments.  The one thing that data, models and training share."""
+"""What a batch is: rows of tokens, and where each text lies.  Data, models and training share nothing else."""
 
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 Array: TypeAlias = jax.Array | np.ndarray
 
-ROW_AXES = ("data", "fsdp")
-"""Mesh axes over which the leading axis of every array of a batch is spread."""
+Task: TypeAlias = Literal["ir", "sts"]
+TASKS: tuple[Task, ...] = ("ir", "sts")
+
+StepTask: TypeAlias = Literal["ir", "sts", "mixed"]
+"""What a step trains; `mixed`: each device one task, devices different ones (an ablation)."""
 
 
-class Rows(NamedTuple):
-    """Texts laid out in rows; every field is int32 [rows, row_length]."""
+class TokenRows(NamedTuple):
+    """Texts laid out in rows, several per row if they fit; every field is int32 [rows, row_length]."""
 
     tokens: Array
     """Token ids; 0 where there is no token."""
     positions: Array
-    """Place of a token in its text, from 0."""
-    segments: Array
+    """Position of a token in its text, from 0."""
+    segment_ids: Array
     """Which text of its row a token belongs to, from 1; 0 is padding."""
-    pooled: Array
+    pooling_mask: Array
     """1 where a token counts towards its text's vector, else 0."""
 
 
-class IRBatch(NamedTuple):
-    """A retrieval step's examples."""
+class Batch(NamedTuple):
+    """A step's texts, and the examples that they make up.
 
-    queries: Rows
-    """[queries, row_length]"""
-    passages: Rows
-    """[queries * (positives + negatives), row_length]: each query's positives, then its negatives"""
-    present: Array
-    """bool [queries, negatives]: False where an example has no negative at all"""
-
-
-class STSBatch(NamedTuple):
-    """A similarity step's pairs."""
-
-    first: Rows
-    """[pairs, row_length]"""
-    second: Rows
-    """[pairs, row_length]"""
-    scores: Array
-    """float32 [pairs]"""
-
-
-class MixedBatch(NamedTuple):
-    """A step in which each device holds examples of one task, devices of different ones.
-
-    The passages of a pair are its second text and then empty rows; a query has no score.
+    The leading axis of every array is split over the devices that hold different rows.  `queries` and `passages` are
+    device-local: they index the vectors of their own device, [rows * slots, dim] in row order.  IR: a query, its
+    positives, then its negatives.  STS: both texts of a pair, as a query with one passage.
     """
 
-    queries: Rows
-    """[examples, row_length]"""
-    passages: Rows
-    """[examples * (positives + negatives), row_length]"""
-    present: Array
-    """bool [examples, negatives]"""
+    rows: TokenRows
+    """[rows, row_length]"""
+    text_ids: Array
+    """int32 [rows, slots]: number of each text within the global batch, from which its dropout is drawn; -1: empty"""
+    queries: Array
+    """int32 [examples]"""
+    passages: Array
+    """int32 [examples, passages]; -1: the example has no such passage"""
     scores: Array
-    """float32 [examples]"""
-    is_ir: Array
-    """bool [examples]: alike on all of a device"""
-
-
-Batch = IRBatch | STSBatch | MixedBatch
+    """float32 [examples]; NaN: the example has no score (IR)"""

@@ -1,29 +1,53 @@
-"""Every setting of a run: typed, documented, validated.  Unknown keys are errors.
+"""Every setting of a run: typed, documented, validated.  Unknown keys are errors."""
 
-A run's settings are a YAML file plus flags (`--optimizer.learning_rate 1e-5`); a flag wins over the file.
-"""
-
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from codiemb_jax.errors import UserError, listed
+from codiemb_jax.batch import Task
+
+MAX_INT = 2**31 - 1
+"""Steps, sizes and token ids are int32."""
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must be valid Unicode, without lone surrogates") from error
+    return value
 
 
 def _path(value: Any) -> Any:
-    if value in ("", None):
-        raise ValueError("a path must not be empty; for no path at all give []")
-    return Path(value).expanduser() if isinstance(value, str) else value
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError("a path must be a text that is not empty")
+    if "\0" in _text(value):
+        raise ValueError("a path must not hold a NUL character")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no home directory for {value.split('/')[0]}") from error
 
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Paths = list[Annotated[Path, BeforeValidator(_path)]]
+def _paths(value: Any) -> Any:
+    if value is None:
+        raise ValueError("expected a list of paths; for no path at all give []")
+    return [value] if isinstance(value, str | Path) else value
+
+
+# Strict, because Python takes True for 1; and YAML has numbers of its own, so a text is no number.
+Positive = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Flag = Annotated[bool, Field(strict=True)]
+OnePath = Annotated[Path, BeforeValidator(_path)]
+Paths = Annotated[list[OnePath], BeforeValidator(_paths)]
+PromptText = Annotated[str, Field(max_length=10_000), AfterValidator(_text)]
+"""The limit is generous for a prompt and spares the tokenizer one of megabytes, which it would see with every text."""
 
 
 class Section(BaseModel):
@@ -31,18 +55,18 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    path: Annotated[str, Field(min_length=1)]
-    """Folder in Hugging Face format, an Orbax folder of this project, or a hub id."""
+    path: Annotated[str, AfterValidator(lambda path: str(_path(path)))]
+    """Folder in Hugging Face format, an Orbax checkpoint of this project, or a hub id."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token sees its whole text or only what stands before it."""
     pooling: Literal["mean", "weighted_mean", "cls", "last_token"] = "mean"
     """How a text's tokens become one vector.  The means leave the prompt out; weighted_mean weighs the content's tokens
     1, 2, 3 …; cls and last_token take the first or last of all tokens."""
-    normalize: bool = True
-    """Give vectors of length 1.  The objectives compare directions either way."""
-    projection_dim: Annotated[int, Field(gt=0, le=65536)] | None = None
+    normalize: Flag = True
+    """L2-normalize embeddings.  The objectives compare directions either way."""
+    projection_dim: Annotated[int, Field(strict=True, gt=0, le=65536)] | None = None
     """Dimension of a learned linear layer on the vectors; null: none."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    dropout: Fraction | None = None
     """Dropout in training, for all of the model's dropouts; null: each as config.json says."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and matrix products.  On a CPU the default is float32."""
@@ -50,21 +74,21 @@ class ModelSettings(Section):
     """Type of the master weights and of the optimizer's moments."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass computes again: nothing, all but the matrix products, or all of a layer."""
-    attention_backend: Literal["auto", "xla"] = "auto"
-    """Which kernel computes attention."""
 
 
 class PromptSettings(Section):
-    begin: str = ""
+    begin: PromptText = ""
     """Literal special tokens before every text; none are added otherwise."""
-    query: str = "Instruction: {instruction} Query: "
+    query: PromptText = "Instruction: {instruction} Query: "
     """Before a query with an instruction; left out when the example has none."""
-    passage: str = ""
+    passage: PromptText = ""
     """Before an IR passage."""
-    end: str = ""
+    end: PromptText = ""
     """Literal special tokens after every text; truncation keeps them."""
-    default_instruction: str = "Given a search query, retrieve passages that answer the question"
+    default_instruction: PromptText = "Given a search query, retrieve passages that answer the question"
     """Instruction of the exported query prompt."""
+    include_in_pooling: Flag = False
+    """Whether means also cover `begin` and the prompt, as in most published folders (`include_prompt`)."""
 
     @model_validator(mode="after")
     def _placeholder(self) -> "PromptSettings":
@@ -81,7 +105,9 @@ class DataSettings(Section):
     sampler: Literal["dynamic", "single", "mixed"] = "dynamic"
     """dynamic: each task has its own batch size; single: one batch size for both; mixed: likewise, but each device
     takes its part of a step from a data set of its own and compares only what it holds (an ablation)."""
-    ir_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_examples: Positive | None = None
+    """Examples used of each data set, a random choice that depends on the seed alone; null: all."""
+    ir_share: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     """Share of retrieval steps, kept at every step count; null: as the batches of the data sets fall.  An epoch has as
     many steps either way: one task's data are then seen more often, the other's less."""
     ir_global_batch_size: Positive = 224
@@ -90,7 +116,7 @@ class DataSettings(Section):
     """Pairs in a similarity step, over all devices."""
     positives_per_query: Positive = 2
     """Positives drawn for each query."""
-    negatives_per_query: Annotated[int, Field(ge=0)] = 4
+    negatives_per_query: Annotated[int, Field(strict=True, ge=0, le=MAX_INT)] = 4
     """Hard negatives drawn for each query."""
     query_max_tokens: Positive = 1024
     """Longest query in tokens, prompt and special tokens included."""
@@ -114,18 +140,19 @@ class DataSettings(Section):
 
 
 class ObjectiveSettings(Section):
-    ir: Literal["info_nce"] = "info_nce"
-    """Objective of retrieval steps."""
-    sts: Literal["codi"] = "codi"
-    """Objective of similarity steps: mid-layer InfoNCE, Pearson, rank KL and PRO, weighted."""
+    ir: Literal["info_nce", "cosent"] = "info_nce"
+    """Objective of retrieval steps; cosent is the paper's baseline."""
+    sts: Literal["codi", "info_nce", "cosent"] = "codi"
+    """Objective of similarity steps; codi: mid-layer InfoNCE, Pearson, rank KL and PRO, weighted.  The others are the
+    paper's baselines."""
     temperature: AboveZero = 0.02
-    """Temperature of both InfoNCE losses."""
+    """Temperature of InfoNCE, on either layer."""
     ir_pool_size: Positive | None = None
     """Queries compared with each other; null: the whole global batch."""
     sts_list_size: Positive | None = 32
     """Pairs ranked with each other; null: the whole global batch."""
     list_temperature: AboveZero = 0.05
-    """Temperature of rank KL and PRO."""
+    """Temperature of rank KL, PRO and CoSENT."""
     pearson_weight: NonNegative = 2.0
     """Weight of the Pearson loss."""
     rank_kl_weight: NonNegative = 5.0
@@ -134,8 +161,8 @@ class ObjectiveSettings(Section):
     """Weight of the PRO loss."""
     mid_info_nce_weight: NonNegative = 1.0
     """Weight of InfoNCE on the middle layer; 0: off."""
-    mid_info_nce_threshold: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Pairs with at least this score are positives of the middle layer's InfoNCE."""
+    mid_info_nce_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
+    """Pairs with at least this score are positives of InfoNCE in similarity steps."""
 
 
 class OptimizerSettings(Section):
@@ -143,9 +170,9 @@ class OptimizerSettings(Section):
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape after the warm-up."""
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    warmup_ratio: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.03
     """Share of all steps (rounded up) over which the rate rises from 0."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(strict=True, ge=0, le=MAX_INT)] | None = None
     """Overrides warmup_ratio."""
     epochs: Positive = 4
     """Passes over the data."""
@@ -153,16 +180,16 @@ class OptimizerSettings(Section):
     """Overrides epochs."""
     weight_decay: NonNegative = 0.0
     """AdamW's decay of matrices; norms and biases are never decayed."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's decay rates of the moments."""
     eps: AboveZero = 1.0e-8
     """AdamW's epsilon."""
     clip_norm: AboveZero | None = None
-    """Longest gradient; null: not clipped."""
+    """Maximum global gradient norm; null disables clipping."""
 
 
 class MeshSettings(Section):
-    data: Annotated[int, Field(ge=-1)] = -1
+    data: Annotated[int, Field(strict=True, ge=-1, le=MAX_INT)] = -1
     """Devices that hold different rows and the same weights; -1: all that are left."""
     fsdp: Positive = 1
     """Devices that hold different rows and share one copy of the weights."""
@@ -174,17 +201,6 @@ class MeshSettings(Section):
         if self.data == 0:
             raise ValueError("data must be -1 (all devices that are left) or at least 1")
         return self
-
-
-class DistributedSettings(Section):
-    """Training on several hosts: not there yet."""
-
-    coordinator: None = None
-    """Address of the first host."""
-    num_processes: None = None
-    """Number of hosts."""
-    process_id: None = None
-    """This host's number."""
 
 
 class CheckpointSettings(Section):
@@ -203,20 +219,25 @@ class EvaluationSettings(Section):
     """Held-out similarity data: Spearman correlation."""
 
 
-class Settings(BaseSettings):
-    """All settings of a run, checked."""
+class TaskSpec(NamedTuple):
+    """What the settings say about a task, and the names of the settings that say it."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        use_attribute_docstrings=True,
-        cli_parse_none_str="null",
-        cli_exit_on_error=False,
-        cli_prog_name="python -m codiemb_jax.train --config FILE",
-    )
+    name: Task
+    paths: list[Path]
+    global_batch_size: int
+    group_size: int | None
+    """Consecutive examples of a batch that are compared with each other; None: all of it."""
+    objective: str
+    batch_size_setting: str
+    group_size_setting: str
 
-    output_dir: Path
-    """Folder of everything the run leaves."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 49
+
+class Settings(Section):
+    """All settings of a run."""
+
+    output_dir: OnePath
+    """Folder for all of a run's output; must not exist, be empty, or hold this very run."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 49
     """Seed of the data order, of every choice, of dropout and of a new projection."""
     model: ModelSettings
     prompt: PromptSettings = PromptSettings()
@@ -227,103 +248,42 @@ class Settings(BaseSettings):
     encode_chunks: Positive = 1
     """Encode a batch in this many chunks: the same gradient at the memory of one chunk."""
     mesh: MeshSettings = MeshSettings()
-    distributed: DistributedSettings = DistributedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-    export: bool = True
+    export: Flag = True
     """Write a Hugging Face folder to output_dir/export at the end."""
 
     @model_validator(mode="after")
-    def _pools(self) -> "Settings":
-        batch, pool = self.data.ir_global_batch_size, self.objective.ir_pool_size
-        if self.data.ir and pool and batch % pool:
-            raise ValueError(f"objective.ir_pool_size {pool} must divide data.ir_global_batch_size {batch}")
-        batch, size = self.data.sts_global_batch_size, self.objective.sts_list_size
-        if self.data.sts and size and batch % size:
-            raise ValueError(f"objective.sts_list_size {size} must divide data.sts_global_batch_size {batch}")
+    def _groups(self) -> "Settings":
+        for task in self.tasks:
+            if task.group_size and task.global_batch_size % task.group_size:
+                raise ValueError(
+                    f"{task.group_size_setting} {task.group_size} must divide {task.batch_size_setting} "
+                    f"{task.global_batch_size}"
+                )
+        if self.data.ir and self.objective.ir == "cosent" and not self.data.negatives_per_query:
+            raise ValueError("objective.ir: cosent compares positives with negatives: set data.negatives_per_query")
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # the file and the flags, never the environment
-
-
-def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
-    """Settings from a YAML file and flags (`--section.key VALUE`), which win.
-
-    UserError that names file, line and field of everything that is wrong.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected settings (`output_dir: …`), found {type(values).__name__}")
-    problems = [f"{path}:{line}: {field}: stands twice" for field, line in _twice(node)]
-    # Told here, for some of them are also names of arguments of what reads the flags.
-    unknown = [name for name in values if name not in Settings.model_fields]
-    problems += [f"{path}:{_line(node, [name])}: {name}: there is no such setting" for name in unknown]
-    if problems:
-        raise UserError("settings cannot be used:\n" + listed(problems))
-    try:
-        return CliApp.run(Settings, cli_args=list(flags), **values)
-    except SettingsError as error:
-        raise UserError(str(error).removeprefix("error parsing CLI: ")) from error
-    except ValidationError as error:
-        given = {flag.split("=")[0].removeprefix("--") for flag in flags}
-        problems = [_problem(problem, node, path, given) for problem in error.errors()]
-        raise UserError("settings cannot be used:\n" + listed(problems)) from error
-
-
-def _problem(problem: Any, node: yaml.Node | None, path: Path, flags: set[str]) -> str:
-    """One thing that is wrong with the settings: where it stands, what is wrong, what is there."""
-    field = ".".join(str(part) for part in problem["loc"])
-    line = _line(node, problem["loc"])
-    is_flag = any(field == flag or field.startswith(flag + ".") for flag in flags)
-    place = "--" if is_flag else f"{path}:{line}: " if line else ""
-    if problem["type"] == "extra_forbidden":
-        return f"{place}{field}: there is no such setting"
-    if problem["type"] == "missing":
-        return f"{path}: {field}: is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
-    return f"{place}{field + ': ' if field else ''}{message}{given}"
-
-
-def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
-    """Keys that stand twice in a mapping, of which YAML would take the last, and the line of the second."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield key.value, key.start_mark.line + 1
-            seen.add(key.value)
-            yield from _twice(value)
-
-
-def _line(node: yaml.Node | None, location: Sequence[Any]) -> int | None:
-    """The line of a setting in the file, from 1; None if it does not stand there."""
-    line = None
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == str(part)]
-            if not found:
-                return None
-            key, node = found[0]
-            line = key.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
+    @property
+    def tasks(self) -> tuple[TaskSpec, ...]:
+        """The tasks that there is data for."""
+        data, objective = self.data, self.objective
+        ir = TaskSpec(
+            name="ir",
+            paths=data.ir,
+            global_batch_size=data.ir_global_batch_size,
+            group_size=objective.ir_pool_size,
+            objective=objective.ir,
+            batch_size_setting="data.ir_global_batch_size",
+            group_size_setting="objective.ir_pool_size",
+        )
+        sts = TaskSpec(
+            name="sts",
+            paths=data.sts,
+            global_batch_size=data.sts_global_batch_size,
+            group_size=objective.sts_list_size,
+            objective=objective.sts,
+            batch_size_setting="data.sts_global_batch_size",
+            group_size_setting="objective.sts_list_size",
+        )
+        return tuple(task for task in (ir, sts) if task.paths)

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors caused by invalid user input."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -11,12 +11,18 @@ class UserError(Exception):
     """
 
 
-def listed(problems: Sequence[str], limit: int = 20) -> str:
-    """Joins problems into one indented block: the first `limit`, then how many there are in all."""
+def format_problems(problems: Sequence[str], limit: int = 20) -> str:
+    """Joins problems into one indented block: the first `limit`, then their total number."""
     lines = [f"  {problem}" for problem in problems[:limit]]
     if len(problems) > limit:
         lines.append(f"  … {len(problems)} in all")
     return "\n".join(lines)
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """A value for a message: safe to print, and at most `limit` characters."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def run_program(main: Callable[[], None]) -> None:

@@ -1,22 +1,31 @@
-"""Files: read with a word on what is wrong, written whole or not at all."""
+"""JSON reading with clear errors; atomic writes."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from codiemb_jax.errors import UserError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file under another name and renames it."""
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file under another name, then renames it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def read_json(path: Path, kind: type[dict] | type[list]) -> Any:
-    """A JSON file that holds an object or a list.  UserError if it cannot be read."""
+    """The content of a JSON file.
+
+    Raises:
+      UserError: it cannot be read, or is not an object (`kind` dict) or a list.
+    """
     try:
+        if path.exists() and not path.is_file():  # a named pipe would never end
+            raise UserError(f"{path}: is not a file")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -28,22 +37,59 @@ def read_json(path: Path, kind: type[dict] | type[list]) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that people may read."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes an indented JSON file, atomically."""
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_new(path: Path, flag: str) -> None:
-    """UserError unless a folder can be made at `path`; nothing is left there."""
+def is_bare_name(name: Any) -> bool:
+    """Whether a value is the name of a file or folder, without any path."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+
+
+def check_new(path: Path, flag: str, *inputs: Path) -> None:
+    """Checks that a folder can be created at `path`, outside the folders `inputs`; nothing is left there.
+
+    Raises:
+      UserError: it cannot.
+    """
     made: list[Path] = []
     try:
-        if path.exists():
+        if path.exists() or path.is_symlink():
             raise UserError(f"{flag} {path}: already exists; give a folder that does not")
+        for folder in inputs:
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{flag} {path}: lies in {folder}, which is read; give a folder outside of it")
         for folder in reversed([path, *path.parents]):
             if not folder.exists():
                 folder.mkdir()
                 made.append(folder)
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be made: {error.strerror}") from error
+        raise UserError(f"{flag} {path}: cannot be created: {error.strerror}") from error
     finally:
         for folder in reversed(made):
             folder.rmdir()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Where to create a folder that becomes `folder` when the block ends without an error; else nothing is left.
+
+    Raises:
+      UserError: `folder` exists, or it cannot be written.
+    """
+    unfinished = folder.absolute().with_name(f".{folder.name}.unfinished")
+    try:
+        if folder.exists() or folder.is_symlink():
+            raise UserError(f"{folder}: already exists")
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.mkdir()
+        except FileExistsError as error:
+            raise UserError(f"{unfinished}: an unfinished folder is in the way; remove it") from error
+        try:
+            yield unfinished / folder.name
+            (unfinished / folder.name).rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from error

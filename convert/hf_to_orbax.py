@@ -1,24 +1,13 @@
-"""python -m convert.hf_to_orbax --model DIR --output DIR
+"""Writes a Hugging Face model as an Orbax checkpoint that training starts from.
 
-Writes a Hugging Face model as an Orbax checkpoint that training starts from.  Pooling, normalisation and a linear layer
-are those of its modules.json; prompts are the default settings (with the weighted mean: none).
+A folder that sentence-transformers describes keeps its pooling, prompts and lengths.  Others get the default settings.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from pydantic import ValidationError
-
-from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
-from codiemb_jax.data.prompts import PromptEncoder
-from codiemb_jax.errors import UserError, listed, run_program
-from codiemb_jax.export import export_prompts
-from codiemb_jax.files import check_new
-from codiemb_jax.training.checkpoint import is_checkpoint, save_model
-from codiemb_jax.training.mesh import make_mesh
-from codiemb_jax.training.model import find_model, open_model, read_blueprint
+from codiemb_jax.errors import UserError, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,30 +17,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder in Hugging Face format, or a hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoint to write")
     options = parser.parse_args(arguments)
-    check_new(options.output, "--output")
-    path = find_model(options.model)
-    if is_checkpoint(path):
+
+    import jax
+
+    from codiemb_jax.checkpoints.export import sentence_prompts
+    from codiemb_jax.checkpoints.model import locate, open_as_stored, open_folder
+    from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
+    from codiemb_jax.config import MeshSettings, PromptSettings
+    from codiemb_jax.files import check_new
+    from codiemb_jax.sharding import make_mesh
+    from codiemb_jax.text.prompts import PromptTokenizer
+
+    path = locate(options.model)
+    check_new(options.output, "--output", path)
+    folder = open_folder(path)
+    if isinstance(folder, OrbaxCheckpoint):
         raise UserError(f"--model {path}: is an Orbax checkpoint already; give a folder in Hugging Face format")
     mesh = make_mesh(MeshSettings(), jax.devices("cpu")[:1])
-    settings = encoding_of(path)
-    # The weighted mean cannot be exported with a prompt.
-    prompt = PromptSettings(query="") if settings.pooling == "weighted_mean" else PromptSettings()
-    model = open_model(settings, prompt, mesh)
-    PromptEncoder(model.blueprint.tokenizer(), prompt)  # finds a tokenizer that cannot be used
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_model(options.output, model.stream(), model.stream_untrained(), model.blueprint)
+    model = open_as_stored(folder, mesh, PromptSettings())
+    if model.blueprint.prompt is not None:
+        PromptTokenizer(model.blueprint.tokenizer(), model.blueprint.prompt)  # finds a tokenizer that cannot be used
+    save_model(options.output, model.stream(), model.stream_passthrough(), model.blueprint)
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     print(f"wrote {count:,} parameters to {options.output}")
-    print(f"an export of it would have the prompts {export_prompts(prompt)}; a run sets its own")
-
-
-def encoding_of(path: Path) -> ModelSettings:
-    """Settings under which a Hugging Face folder encodes: what its modules.json says, else the defaults."""
-    try:
-        return ModelSettings.model_validate({"path": str(path), **read_blueprint(path).encoding})
-    except ValidationError as error:
-        problems = [f"{problem['loc'][0]}: {problem['msg']}, found {problem['input']!r}" for problem in error.errors()]
-        raise UserError(f"{path}: modules.json and what it names cannot be used:\n" + listed(problems)) from error
+    print(f"an export of it has the prompts {sentence_prompts(model.blueprint).prompts}; a run sets its own")
 
 
 if __name__ == "__main__":

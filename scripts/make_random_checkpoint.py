@@ -18,9 +18,9 @@ import numpy as np
 import codiemb_jax
 from codiemb_jax.config import MeshSettings, ModelSettings
 from codiemb_jax.files import write_json
-from codiemb_jax.models.families import family_of
-from codiemb_jax.models.weights import NUMPY_TYPES, LazyArray, weight_names, write_weights
-from codiemb_jax.training.mesh import make_mesh
+from codiemb_jax.checkpoints.families import family_of
+from codiemb_jax.checkpoints.safetensors import NUMPY_TYPES, LazyArray, weight_names, write_weights
+from codiemb_jax.sharding import make_mesh
 from codiemb_jax.training.state import abstract_model
 
 PACKAGE = Path(codiemb_jax.__file__).parent

@@ -84,5 +84,5 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Figures of the original framework, and the checkpoint and data that they belong to."""
+    """HeldOutMetrics of the original framework, and the checkpoint and data that they belong to."""
     return Path(__file__).parent / "golden"

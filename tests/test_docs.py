@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from codiemb_jax.config import Settings
-from codiemb_jax.data.records import read_records
+from codiemb_jax.text.records import read_records
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"

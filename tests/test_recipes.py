@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import codiemb_jax
 from codiemb_jax.config import load_settings
-from codiemb_jax.models.families import family_of
+from codiemb_jax.checkpoints.families import family_of
 from codiemb_jax.train import check_batches, main
 from scripts.make_random_checkpoint import make
 

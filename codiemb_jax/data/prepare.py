@@ -1,4 +1,4 @@
-"""Records -> tokenised ArrayRecord data set (a TensorFlow Datasets builder) + index of lengths."""
+"""Records -> tokenized ArrayRecord data set (a TensorFlow Datasets builder) and its index."""
 
 import contextlib
 import hashlib
@@ -10,8 +10,6 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,17 @@ import tensorflow_datasets as tfds
 from rich.console import Console
 from rich.progress import Progress
 
-from codiemb_jax.data.prompts import EmptyContent, PromptEncoder, Tokens
-from codiemb_jax.data.records import Record, Task, Triple, read_records
-from codiemb_jax.errors import UserError, listed
+from codiemb_jax.batch import Task
+from codiemb_jax.data.store import BUILDER, BUILDER_VERSION, INDEX, Index, PreparedDataSet, open_parts
+from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.text.prompts import EmptyContent, PromptTokenizer, Tokens
+from codiemb_jax.text.records import Record, Triple, read_records
 
 FORMAT_VERSION = 1
 """Part of the fingerprint: raise it when what is stored changes."""
 
 BATCH = 256
-"""Records tokenised in one call."""
+"""Records tokenized in one call."""
 
 PART_TOKENS = 2**26
 """Tokens after which the next part of a data set is begun.
@@ -36,96 +36,17 @@ PART_TOKENS = 2**26
 TensorFlow Datasets holds a part in memory to reorder it, and beyond 1 GB would need TensorFlow.
 """
 
-INDEX = "index.npz"
-"""Written last: a folder that holds it is complete."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """What can be planned without reading a text, in file order."""
-
-    position: np.ndarray
-    """int64 [examples]: row of the ArrayRecord data set, for TensorFlow Datasets reorders by key hash"""
-    score: np.ndarray
-    """float64 [examples]: of an STS pair; 0 for IR"""
-    query_tokens: np.ndarray
-    """int32 [examples]"""
-    positives: np.ndarray
-    """int32 [examples]: how many the example has; 1 for STS"""
-    negatives: np.ndarray
-    """int32 [examples]: likewise; 0 for STS"""
-    passage_offsets: np.ndarray
-    """int64 [examples + 1]: an example's passages are passage_offsets[i] … passage_offsets[i + 1] - 1"""
-    passage_tokens: np.ndarray
-    """int32 [passages]: tokens of each; an example's positives, then its negatives"""
-
-    def save(self, path: Path) -> None:
-        """Writes the arrays, whole or not at all."""
-        unfinished = path.with_name(path.name + ".tmp")
-        with unfinished.open("wb") as file:
-            np.savez(file, allow_pickle=False, **asdict(self))
-        unfinished.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Index":
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-
-
-class PreparedDataSet:
-    """A tokenised file.  Pickles as its paths; what it reads from is opened on first use."""
-
-    def __init__(self, path: Path, task: Task, folder: Path):
-        """`path` is the file it was made of, `folder` the complete folder in the cache."""
-        self.name = path.stem
-        self.path = path
-        self.task = task
-        self.folder = folder
-        self.index = Index.load(folder / INDEX)
-
-    def __reduce__(self) -> tuple[type["PreparedDataSet"], tuple[Path, Task, Path]]:
-        return PreparedDataSet, (self.path, self.task, self.folder)
-
-    def __len__(self) -> int:
-        return self.index.position.size
-
-    @cached_property
-    def _rows(self) -> Any:
-        return _open_parts(self.folder)
-
-    def read(self, examples: np.ndarray) -> list[list[Tokens]]:
-        """The texts of each of `examples` (indices in file order): query, positives, negatives."""
-        rows = self._rows.__getitems__(self.index.position[examples].tolist())
-        return [
-            [
-                Tokens(ids, int(content))
-                for ids, content in zip(
-                    np.split(row["tokens"], np.cumsum(row["lengths"])[:-1]), row["content"], strict=True
-                )
-            ]
-            for row in rows
-        ]
-
-    def scores(self, examples: np.ndarray) -> np.ndarray:
-        """Scores of the STS pairs `examples` (indices in file order), float32 [examples]."""
-        return self.index.score[examples].astype(np.float32)
-
-
-def cache_folder() -> Path:
-    """Where prepared data sets are kept: $CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax."""
-    return Path(os.environ.get("CODIEMB_JAX_CACHE") or Path.home() / ".cache" / "codiemb_jax")
-
 
 def prepare(
     path: Path,
     task: Task,
-    encoder: PromptEncoder,
+    tokenizer: PromptTokenizer,
     *,
     query_max_tokens: int,
     passage_max_tokens: int,
     cache: Path,
 ) -> PreparedDataSet:
-    """The tokenised data set of a file: taken from `cache` if nothing it depends on has changed, else made.
+    """The tokenized data set of a file: taken from `cache` if nothing it depends on has changed, else made.
 
     Processes may prepare the same file at the same time: each writes into a folder of its own, and the first
     to be done moves it into place.  After an error nothing half-written stays.
@@ -134,7 +55,7 @@ def prepare(
       UserError: lines that cannot be used, listed by file, line and field; or a cache that cannot be written.
     """
     limits = [query_max_tokens, passage_max_tokens]
-    depends_on = json.dumps([FORMAT_VERSION, task, limits, encoder.fingerprint, _digest(path)])
+    depends_on = json.dumps([FORMAT_VERSION, task, limits, tokenizer.fingerprint, _digest(path)])
     fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
     folder = cache / f"{path.stem}-{fingerprint[:16]}"
     if not (folder / INDEX).exists():
@@ -150,7 +71,7 @@ def prepare(
             ) from error
         with scratch:
             made = Path(scratch.name) / "made"
-            _Preparation(path, task, encoder, query_max_tokens, passage_max_tokens).write(made)
+            _Preparation(path, task, tokenizer, query_max_tokens, passage_max_tokens).write(made)
             _move_into_place(made, folder)
     return PreparedDataSet(path, task, folder)
 
@@ -193,10 +114,12 @@ def _alive(process: int) -> bool:
 class _Preparation:
     """One file on its way into a folder; gathers index and problems while examples stream through."""
 
-    def __init__(self, path: Path, task: Task, encoder: PromptEncoder, query_max_tokens: int, passage_max_tokens: int):
+    def __init__(
+        self, path: Path, task: Task, tokenizer: PromptTokenizer, query_max_tokens: int, passage_max_tokens: int
+    ):
         self._path = path
         self._task = task
-        self._encoder = encoder
+        self._tokenizer = tokenizer
         self._query_max_tokens = query_max_tokens
         self._passage_max_tokens = passage_max_tokens
         self._problems: list[str] = []
@@ -223,7 +146,7 @@ class _Preparation:
                 count = len(record.positives) + len(record.negatives)
                 yield self._example(record, [next(queries), *itertools.islice(others, count)])
         if self._problems:
-            raise UserError(f"texts without a content token:\n{listed(self._problems)}")
+            raise UserError(f"texts without a content token:\n{format_problems(self._problems)}")
 
     def _texts(self, batch: Sequence[Record]) -> tuple[Iterator[Tokens], Iterator[Tokens]]:
         """The batch's queries and passages, each in the order of their lines."""
@@ -235,21 +158,21 @@ class _Preparation:
             queries.append((f"{place}: query", record.query))
             others += [(f"{place}: positives[{i}]", triple) for i, triple in enumerate(record.positives)]
             others += [(f"{place}: negatives[{i}]", triple) for i, triple in enumerate(record.negatives)]
-        encoder = self._encoder
+        tokenizer = self._tokenizer
         return (
-            self._encode(encoder.encode_queries, queries, self._query_max_tokens, "query_max_tokens"),
-            self._encode(encoder.encode_passages, passages, self._passage_max_tokens, "passage_max_tokens"),
+            self._tokenize(tokenizer.tokenize_queries, queries, self._query_max_tokens, "query_max_tokens"),
+            self._tokenize(tokenizer.tokenize_passages, passages, self._passage_max_tokens, "passage_max_tokens"),
         )
 
-    def _encode(
+    def _tokenize(
         self,
-        encode: Callable[[Sequence[Triple], int], list[Tokens]],
+        tokenize: Callable[[Sequence[Triple], int], list[Tokens]],
         texts: Sequence[tuple[str, Triple]],
         max_tokens: int,
         setting: str,
     ) -> Iterator[Tokens]:
         try:
-            return iter(encode([triple for _, triple in texts], max_tokens))
+            return iter(tokenize([triple for _, triple in texts], max_tokens))
         except EmptyContent as empty:
             self._problems += [
                 f"{texts[i][0]}: the prompt leaves the text no room, expected data.{setting} >= {least}"
@@ -278,7 +201,7 @@ class _Preparation:
         }
 
     def _index(self, folder: Path) -> Index:
-        rows = _open_parts(folder)
+        rows = open_parts(folder)
         row_of_line = {rows[row]["line"]: row for row in range(len(rows))}
         passages = np.array([lengths.size - 1 for lengths in self._lengths], np.int64)
         positives = np.array(self._positives, np.int32)
@@ -306,7 +229,7 @@ def _with_progress(path: Path, records: Iterator[Record]) -> Iterator[Record]:
         redirect_stderr=False,
         disable=not console.is_terminal,
     ) as progress:
-        bar = progress.add_task(f"tokenising {path.name}", total=lines)
+        bar = progress.add_task(f"tokenizing {path.name}", total=lines)
         for record in records:
             yield record
             progress.update(bar, completed=record.line)
@@ -322,10 +245,11 @@ def _until_full(examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             return
 
 
-class TokenisedTexts(tfds.core.GeneratorBasedBuilder):
-    """One part of a tokenised file, as a TensorFlow Datasets builder."""
+class TokenizedTexts(tfds.core.GeneratorBasedBuilder):
+    """One part of a tokenized file, as a TensorFlow Datasets builder."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    name = BUILDER
+    VERSION = tfds.core.Version(BUILDER_VERSION)
 
     def __init__(self, examples: Iterable[dict[str, Any]], data_dir: Path):
         self._stream = examples
@@ -356,12 +280,6 @@ def _write_part(examples: Iterable[dict[str, Any]], folder: Path) -> None:
     tfds.disable_progress_bar()
     # It prints that it downloads, which it does not.
     with contextlib.redirect_stdout(io.StringIO()):
-        TokenisedTexts(examples, folder).download_and_prepare(
+        TokenizedTexts(examples, folder).download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
-
-
-def _open_parts(folder: Path) -> Any:
-    """All parts as one sequence of examples, read at random."""
-    parts = sorted(folder.glob(f"*/{TokenisedTexts.name}/{TokenisedTexts.VERSION}"))
-    return tfds.builder_from_directories(parts).as_data_source(split="train")

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from codiemb_jax.batch import Rows
+from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
 from codiemb_jax.models.attention import attend
-from codiemb_jax.models.layers import TextModel, by_rows, normal, ones, run_layers
+from codiemb_jax.models.layers import TextModel, normal, ones, run_layers
 from codiemb_jax.models.rope import Rope, rotate, rotation
+from codiemb_jax.sharding import constrain_rows
 
 
 @dataclass(frozen=True)
@@ -78,23 +79,42 @@ class DecoderLayers(nnx.Module):
         self.down = normal(rngs, std, layers=layers, mlp=mlp, embed=embed)
 
     def __call__(
-        self, x: jax.Array, segments: jax.Array, cosine: jax.Array, sine: jax.Array, *, keys: jax.Array | None
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        cosine: jax.Array,
+        sine: jax.Array,
+        *,
+        dropout_keys: jax.Array | None,
     ) -> jax.Array:
         """One layer: [rows, tokens, embed] -> the same."""
         eps, scale = self.config.norm_eps, self.config.residual_scale
         h = rms_norm(x, self.attention_norm[...], eps)
-        x = x + scale * self._attention(h, segments, cosine, sine, keys)
+        query, key, value = self._query_key_value(h)
+        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        attended = attend(
+            query,
+            key,
+            value,
+            segment_ids,
+            positions,
+            causal=self.causal,
+            dropout_rate=self.config.attention_dropout,
+            dropout_keys=dropout_keys,
+        )
+        attended = attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        x = x + scale * (attended @ self.o[...].astype(x.dtype))
         h = rms_norm(x, self.mlp_norm[...], eps)
         gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
-        return by_rows(x + scale * ((jax.nn.silu(h @ gate) * (h @ up)) @ down))
+        return constrain_rows(x + scale * ((jax.nn.silu(h @ gate) * (h @ up)) @ down))
 
-    def _attention(
-        self, x: jax.Array, segments: jax.Array, cosine: jax.Array, sine: jax.Array, keys: jax.Array | None
-    ) -> jax.Array:
+    def _query_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Before the rotation, [rows, heads, tokens, head_dim] and twice [rows, kv_heads, tokens, head_dim]."""
         rows, tokens, _ = x.shape
         config = self.config
 
-        def heads(weight: nnx.Param) -> jax.Array:  # [rows, heads, tokens, head_dim]: the order CPUs like best
+        def heads(weight: nnx.Param) -> jax.Array:  # heads before tokens: the order that CPUs like best
             split = (x @ weight[...].astype(x.dtype)).reshape(rows, tokens, -1, config.head_dim)
             return split.transpose(0, 2, 1, 3)
 
@@ -102,10 +122,7 @@ class DecoderLayers(nnx.Module):
         if config.qk_norm:
             query = rms_norm(query, self.q_norm[...], config.norm_eps)
             key = rms_norm(key, self.k_norm[...], config.norm_eps)
-        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        rate = config.attention_dropout
-        attended = attend(query, key, value, segments, causal=self.causal, dropout_rate=rate, keys=keys)
-        return attended.transpose(0, 2, 1, 3).reshape(rows, tokens, -1) @ self.o[...].astype(x.dtype)
+        return query, key, value
 
 
 class Decoder(TextModel):
@@ -119,14 +136,28 @@ class Decoder(TextModel):
         self.norm = ones(embed=config.hidden_size)
 
     def __call__(
-        self, rows: Rows, tap_layer: int | jax.Array, tap: Callable[[jax.Array], Any], keys: jax.Array | None = None
+        self,
+        rows: TokenRows,
+        tap_layer: int | jax.Array,
+        tap: Callable[[jax.Array], Any],
+        dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
         # Cast after the look-up: the gradient of a frequent token is summed in the type of the weights.
-        x = config.embedding_scale * by_rows(self.embedding[...][rows.tokens].astype(self.compute_dtype))
-        cosine, sine = rotation(config.rope.inverse_frequencies(config.head_dim), jnp.asarray(rows.positions))
-        context = (jnp.asarray(rows.segments), cosine, sine)
+        x = config.embedding_scale * constrain_rows(self.embedding[...][rows.tokens].astype(self.compute_dtype))
+        positions = jnp.asarray(rows.positions)
+        cosine, sine = rotation(config.rope.inverse_frequencies(config.head_dim), positions)
         x, tapped = run_layers(
-            self.layers, config.layers, x, *context, tap_layer=tap_layer, tap=tap, keys=keys, remat=self.remat
+            self.layers,
+            config.layers,
+            x,
+            jnp.asarray(rows.segment_ids),
+            positions,
+            cosine,
+            sine,
+            tap_layer=tap_layer,
+            tap=tap,
+            dropout_keys=dropout_keys,
+            remat=self.remat,
         )
         return rms_norm(x, self.norm[...], config.norm_eps), tapped

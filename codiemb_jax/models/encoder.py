@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from codiemb_jax.batch import Rows
+from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
 from codiemb_jax.models.attention import attend
-from codiemb_jax.models.layers import TextModel, by_rows, dropout, fold, normal, ones, run_layers, zeros
+from codiemb_jax.models.layers import TextModel, dropout, fold, normal, ones, run_layers, zeros
+from codiemb_jax.sharding import constrain_rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -91,28 +92,41 @@ class EncoderLayers(nnx.Module):
         self.down_bias = zeros(layers=layers, embed=embed)
         self.mlp_norm, self.mlp_norm_bias = ones(layers=layers, embed=embed), zeros(layers=layers, embed=embed)
 
-    def __call__(self, x: jax.Array, segments: jax.Array, *, keys: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, dropout_keys: jax.Array | None
+    ) -> jax.Array:
         """One layer: [rows, tokens, embed] -> the same."""
-        config = self.config
-        h = dropout(self._attention(x, segments, fold(keys, 0)), config.hidden_dropout, fold(keys, 1))
+        config, keys = self.config, dropout_keys
+        h = self._attention(x, segment_ids, positions, fold(keys, 0))
+        h = dropout(h, config.hidden_dropout, fold(keys, 1))
         x = layer_norm(x + h, self.attention_norm[...], self.attention_norm_bias[...], config.norm_eps)
         h = ACTIVATIONS[config.activation](_linear(x, self.up, self.up_bias))
         h = dropout(_linear(h, self.down, self.down_bias), config.hidden_dropout, fold(keys, 2))
-        return by_rows(layer_norm(x + h, self.mlp_norm[...], self.mlp_norm_bias[...], config.norm_eps))
+        return constrain_rows(layer_norm(x + h, self.mlp_norm[...], self.mlp_norm_bias[...], config.norm_eps))
 
-    def _attention(self, x: jax.Array, segments: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def _attention(
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, dropout_keys: jax.Array | None
+    ) -> jax.Array:
         rows, tokens, _ = x.shape
 
         def heads(weight: nnx.Param, bias: nnx.Param) -> jax.Array:  # [rows, heads, tokens, head_dim]
             return _linear(x, weight, bias).reshape(rows, tokens, self.config.heads, -1).transpose(0, 2, 1, 3)
 
         query, key, value = heads(self.q, self.q_bias), heads(self.k, self.k_bias), heads(self.v, self.v_bias)
-        rate = self.config.attention_dropout
-        attended = attend(query, key, value, segments, causal=False, dropout_rate=rate, keys=keys)
+        attended = attend(
+            query,
+            key,
+            value,
+            segment_ids,
+            positions,
+            causal=False,
+            dropout_rate=self.config.attention_dropout,
+            dropout_keys=dropout_keys,
+        )
         return _linear(attended.transpose(0, 2, 1, 3).reshape(rows, tokens, -1), self.o, self.o_bias)
 
 
-def position_rows(rows: Rows, first_position: int) -> jax.Array:
+def position_rows(rows: TokenRows, first_position: int) -> jax.Array:
     """Which row of the table of positions each token takes, int32 [rows, tokens].
 
     Where rows begin after that of the padding id (XLM-RoBERTa), a padding token inside a text takes the padding's
@@ -142,21 +156,28 @@ class Encoder(TextModel):
         self.layers = EncoderLayers(config, rngs)
 
     def __call__(
-        self, rows: Rows, tap_layer: int | jax.Array, tap: Callable[[jax.Array], Any], keys: jax.Array | None = None
+        self,
+        rows: TokenRows,
+        tap_layer: int | jax.Array,
+        tap: Callable[[jax.Array], Any],
+        dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
         places = position_rows(rows, config.first_position)
         # All tokens are of the first type: a row holds single texts, never pairs.
         x = self.embedding[...][rows.tokens] + self.token_types[...][0] + self.positions[...][places]
-        x = by_rows(layer_norm(x, self.norm[...], self.norm_bias[...], config.norm_eps).astype(self.compute_dtype))
-        x = dropout(x, config.hidden_dropout, fold(keys, 0))
+        x = constrain_rows(
+            layer_norm(x, self.norm[...], self.norm_bias[...], config.norm_eps).astype(self.compute_dtype)
+        )
+        x = dropout(x, config.hidden_dropout, fold(dropout_keys, 0))
         return run_layers(
             self.layers,
             config.layers,
             x,
-            jnp.asarray(rows.segments),
+            jnp.asarray(rows.segment_ids),
+            jnp.asarray(rows.positions),
             tap_layer=tap_layer,
             tap=tap,
-            keys=keys,
+            dropout_keys=dropout_keys,
             remat=self.remat,
         )

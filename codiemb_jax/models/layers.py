@@ -1,4 +1,4 @@
-"""What decoder and encoder share: how a parameter is declared, dropout, and the scan over layers."""
+"""Shared by decoder and encoder: declaring parameters, dropout, and the scan over layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from codiemb_jax.batch import ROW_AXES, Rows
+from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
 
 
@@ -51,13 +51,17 @@ class TextModel(nnx.Module):
         self.projection = Projection(hidden_size, settings.projection_dim, rngs) if settings.projection_dim else None
 
     def __call__(
-        self, rows: Rows, tap_layer: int | jax.Array, tap: Callable[[jax.Array], Any], keys: jax.Array | None = None
+        self,
+        rows: TokenRows,
+        tap_layer: int | jax.Array,
+        tap: Callable[[jax.Array], Any],
+        dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Final hidden states, [rows, tokens, embed] in the compute type, and what `tap` makes of the states after
+        """Final hidden states, [rows, tokens, embed] in the compute dtype, and what `tap` makes of the states after
         layer `tap_layer` (before any final norm; 0: the embeddings).
 
-        `keys` are random keys [rows] of dropout; None: no dropout.  A row's own key makes what is dropped the same
-        however the rows are spread or chunked.
+        dropout_keys: one random key per token, [rows, tokens]; None: no dropout.  They depend on a token's text and its
+        position there alone, so that the same is dropped however texts are laid out, sharded or chunked.
         """
         raise NotImplementedError
 
@@ -69,19 +73,19 @@ def run_layers(
     *context: jax.Array,
     tap_layer: int | jax.Array,
     tap: Callable[[jax.Array], Any],
-    keys: jax.Array | None,
+    dropout_keys: jax.Array | None,
     remat: str,
 ) -> tuple[jax.Array, Any]:
     """Runs `layers`, whose weights are stacked on a leading axis of `count`, in one `jax.lax.scan`.
 
-    A layer is called as layer(x, *context, keys=keys), the keys being its own.  `tap` runs inside the scan, so that
-    no layer's states need to be kept for it.
+    A layer is called as layer(x, *context, dropout_keys=keys), the keys being its own.  `tap` runs inside the scan, so
+    that no layer's states need to be kept for it.
     """
     graph, weights = nnx.split(layers)
 
     def layer(carry: tuple[jax.Array, Any], scanned: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
         (x, tapped), (weights, number) = carry, scanned
-        x = nnx.merge(graph, weights)(x, *context, keys=fold(keys, number))
+        x = nnx.merge(graph, weights)(x, *context, dropout_keys=fold(dropout_keys, number))
         return (x, jax.lax.cond(number == tap_layer, tap, lambda _: tapped, x)), None
 
     numbers = jnp.arange(1, count + 1)
@@ -97,20 +101,14 @@ def rematerialised(body: Callable, remat: str) -> Callable:
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def by_rows(x: jax.Array) -> jax.Array:
-    """Keeps activations spread by rows when a mesh is set, whatever the weights' sharding suggests."""
-    axes = tuple(axis for axis in ROW_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes)) if axes else x
-
-
 def fold(keys: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
-    """Each row's key for the part of the model that `number` names."""
-    return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+    """Each token's random key [rows, tokens] for the part of the model that `number` names."""
+    return None if keys is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, number)
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zeroes entries of x [rows, …] with probability `rate` and scales the rest, each row by its own key."""
+    """Zeroes entries of x [rows, tokens, …] with probability `rate` and scales the rest; keys: [rows, tokens]."""
     if keys is None or rate == 0.0:
         return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    kept = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[2:])))(keys)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from codiemb_jax.batch import Rows
+from codiemb_jax.batch import TokenRows
 
 
-def pool(hidden: jax.Array, rows: Rows, slots: int, pooling: str) -> jax.Array:
+def pool(hidden: jax.Array, rows: TokenRows, slots: int, pooling: str) -> jax.Array:
     """A weighted mean over the tokens of each text.
 
     hidden: [rows, tokens, dim].  A row holds at most `slots` texts.  Returns float32 [rows, slots, dim];
@@ -20,14 +20,14 @@ def pool(hidden: jax.Array, rows: Rows, slots: int, pooling: str) -> jax.Array:
     return total / jnp.maximum(weights.sum(axis=1), 1.0)[..., None]
 
 
-def _weights(rows: Rows, slots: int, pooling: str) -> jax.Array:
+def _weights(rows: TokenRows, slots: int, pooling: str) -> jax.Array:
     """What each token counts for each text, int [rows, tokens, slots]."""
-    own = (rows.segments[..., None] == jnp.arange(1, slots + 1)).astype(jnp.int32)
+    own = (rows.segment_ids[..., None] == jnp.arange(1, slots + 1)).astype(jnp.int32)
     if pooling == "cls":
         return own * (jnp.cumsum(own, axis=1) == 1)
     if pooling == "last_token":
         return own * (jnp.cumsum(own, axis=1) == own.sum(axis=1, keepdims=True))
-    content = own * rows.pooled[..., None]
+    content = own * rows.pooling_mask[..., None]
     return content * jnp.cumsum(content, axis=1) if pooling == "weighted_mean" else content
 
 

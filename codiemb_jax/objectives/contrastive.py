@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.nn import logsumexp
 
+from codiemb_jax.config import ObjectiveSettings
+from codiemb_jax.objectives.groups import Examples, Groups, Parts
+
 # A TPU rounds float32 factors to bfloat16 by default; divided by a temperature of 0.02 that error shows.
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -51,3 +54,29 @@ def in_batch_info_nce(
     losses = logsumexp(similarity, axis=1) - jnp.diagonal(similarity)
     alike = scores >= threshold
     return jnp.sum(jnp.where(alike, losses, 0)) / jnp.maximum(jnp.sum(alike), 1).astype(losses.dtype)
+
+
+def info_nce_ir(examples: Examples, settings: ObjectiveSettings, groups: Groups) -> tuple[jax.Array, Parts]:
+    """InfoNCE of each query over the passages of its pool, CoDiEmb's objective of retrieval.
+
+    Only passages are gathered from other devices.  Returns the mean over all queries of the global batch.
+    """
+    b = len(examples.queries)
+    passages, present = groups.gather((examples.passages, examples.present), b)
+    positives, negatives = jnp.split(passages, [passages.shape[1] - present.shape[1]], axis=1)
+    own, comparable = groups.comparable(b)
+    losses = info_nce(examples.queries, positives, negatives, own, comparable, present, settings.temperature)
+    loss = groups.mean(jnp.mean(losses))
+    return loss, {"info_nce": loss}
+
+
+def info_nce_sts(examples: Examples, settings: ObjectiveSettings, groups: Groups) -> tuple[jax.Array, Parts]:
+    """InfoNCE over the pairs of a list that are alike: a baseline of similarity.  Returns the mean over lists."""
+    b = len(examples.scores)
+    lists = groups.lists((examples.queries, examples.passages[:, 0], examples.scores), b)
+
+    def of_list(first: jax.Array, second: jax.Array, scores: jax.Array) -> jax.Array:
+        return in_batch_info_nce(first, second, scores, settings.temperature, settings.mid_info_nce_threshold)
+
+    loss = groups.mean(jnp.mean(jax.vmap(of_list)(*lists)))
+    return loss, {"info_nce": loss}

@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_softmax, logsumexp
 
+from codiemb_jax.config import ObjectiveSettings
+from codiemb_jax.objectives.contrastive import in_batch_info_nce
+from codiemb_jax.objectives.groups import Examples, Groups, Parts
+
 
 def pearson(similarity: jax.Array, scores: jax.Array) -> jax.Array:
     """1 - Pearson correlation, from population moments.
@@ -61,3 +65,36 @@ def pro(similarity: jax.Array, scores: jax.Array, temperature: float) -> jax.Arr
     losses = logsumexp(logits, axis=1, where=lower | diagonal) - own
     ranked = jnp.any(lower, axis=1)
     return jnp.sum(jnp.where(ranked, losses, 0)) / jnp.maximum(jnp.sum(ranked), 1).astype(losses.dtype)
+
+
+def codi_sts(examples: Examples, settings: ObjectiveSettings, groups: Groups) -> tuple[jax.Array, Parts]:
+    """Weighted sum of Pearson, rank KL, PRO and InfoNCE on the middle layer, CoDiEmb's objective of similarity.
+
+    Each is the mean over lists.  Returns the sum and its unweighted parts: pearson, rank_kl, pro and, unless the
+    middle layer is left out, mid_info_nce.
+    """
+    b = len(examples.scores)
+    similarity = jnp.sum(examples.queries * examples.passages[:, 0], axis=-1)
+    middle = None if examples.middle is None else (examples.middle[0], examples.middle[1][:, 0])
+
+    def of_list(similarity: jax.Array, scores: jax.Array, middle: tuple[jax.Array, jax.Array] | None) -> Parts:
+        parts = {
+            "pearson": pearson(similarity, scores),
+            "rank_kl": rank_kl(similarity, scores, settings.list_temperature),
+            "pro": pro(similarity, scores, settings.list_temperature),
+        }
+        if middle is not None:
+            parts["mid_info_nce"] = in_batch_info_nce(
+                *middle, scores, settings.temperature, settings.mid_info_nce_threshold
+            )
+        return parts
+
+    lists = groups.lists((similarity, examples.scores, middle), b)
+    parts = groups.mean(jax.tree.map(jnp.mean, jax.vmap(of_list)(*lists)))
+    weights = {
+        "pearson": settings.pearson_weight,
+        "rank_kl": settings.rank_kl_weight,
+        "pro": settings.pro_weight,
+        "mid_info_nce": settings.mid_info_nce_weight,
+    }
+    return sum(weights[name] * part for name, part in parts.items()), parts

@@ -1,4 +1,4 @@
-"""Learning rate over the steps, as the original's trainer (transformers' get_scheduler) has it."""
+"""Learning rate of each step, as the original's trainer (transformers' get_scheduler) has it."""
 
 import math
 
@@ -8,9 +8,9 @@ from codiemb_jax.config import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    """Rate of each step, from 0: rises linearly from 0 over the warm-up, then falls to 0 or stays.
+    """Rate of each step, from 0: rises linearly from 0 during warm-up, then falls to 0 or stays.
 
-    The warm-up is `warmup_steps`, or `warmup_ratio` of all steps rounded up.
+    The warm-up is `warmup_steps`, or `warmup_ratio` of all steps, rounded up.
     """
     peak = settings.learning_rate
     warmup = settings.warmup_steps

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from codiemb_jax.batch import Batch, IRBatch, MixedBatch, Rows, STSBatch
+from codiemb_jax.batch import Batch, IRBatch, MixedBatch, TokenRows, STSBatch
 from codiemb_jax.config import DataSettings, PromptSettings
 from codiemb_jax.data.loader import StepSource, batches, own_slices, padded_rows, to_global
 from codiemb_jax.data.prepare import PreparedDataSet, prepare
-from codiemb_jax.data.prompts import PromptEncoder, Tokens
-from codiemb_jax.data.records import Triple
+from codiemb_jax.text.prompts import PromptTokenizer, Tokens
+from codiemb_jax.text.records import Triple
 from codiemb_jax.data.sampler import Plan, Source, StepPlan
-from codiemb_jax.training.mesh import by_row
+from codiemb_jax.sharding import row_sharding
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
 LIMITS = {"query_max_tokens": 64, "passage_max_tokens": 32}
@@ -59,8 +59,8 @@ def write_files(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer) -> PromptEncoder:
-    return PromptEncoder(tokenizer, PROMPT)
+def encoder(tokenizer) -> PromptTokenizer:
+    return PromptTokenizer(tokenizer, PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def make_mesh(*shape: int) -> jax.sharding.Mesh:
 
 def laid_out(texts: list[Tokens | None], length: int) -> dict[str, list[list[int]]]:
     """One text a row, written out element by element."""
-    fields: dict[str, list[list[int]]] = {name: [] for name in Rows._fields}
+    fields: dict[str, list[list[int]]] = {name: [] for name in TokenRows._fields}
     for text in texts:
         ids = [] if text is None else text.ids.tolist()
         content = 0 if text is None else text.content
@@ -116,7 +116,7 @@ def laid_out(texts: list[Tokens | None], length: int) -> dict[str, list[list[int
 class Expected:
     """What a step's batch must hold, made from the JSON lines and the prompt encoder alone."""
 
-    def __init__(self, data_sets: list[PreparedDataSet], encoder: PromptEncoder):
+    def __init__(self, data_sets: list[PreparedDataSet], encoder: PromptTokenizer):
         self.encoder = encoder
         self.lines = [
             [json.loads(line) for line in data_set.path.read_text(encoding="utf-8").splitlines()]
@@ -124,15 +124,15 @@ class Expected:
         ]
 
     def query(self, triple: list[str]) -> Tokens:
-        (text,) = self.encoder.encode_queries([Triple(*(part.strip("\t\n :") for part in triple))], 64)
+        (text,) = self.encoder.tokenize_queries([Triple(*(part.strip("\t\n :") for part in triple))], 64)
         return text
 
     def passage(self, triple: list[str]) -> Tokens:
-        (text,) = self.encoder.encode_passages([Triple(*(part.strip("\t\n :") for part in triple))], 32)
+        (text,) = self.encoder.tokenize_passages([Triple(*(part.strip("\t\n :") for part in triple))], 32)
         return text
 
     def fields(self, step: StepPlan) -> list[object]:
-        """Rows of queries, rows of passages, and present or scores; of a mixed step all of them, and is_ir."""
+        """TokenRows of queries, rows of passages, and present or scores; of a mixed step all of them, and is_ir."""
         if step.task == "mixed":
             return self.mixed(step)
         examples = [self.lines[step.parts[0].source][example] for example in step.parts[0].examples]
@@ -174,8 +174,8 @@ def expected(data_sets, encoder) -> Expected:
 
 def assert_holds(batch: Batch, fields: list[object]) -> None:
     for found, wanted in zip(batch, fields, strict=True):
-        if isinstance(found, Rows):
-            for name in Rows._fields:
+        if isinstance(found, TokenRows):
+            for name in TokenRows._fields:
                 value = np.asarray(getattr(found, name))
                 assert value.dtype == np.int32
                 assert value.tolist() == wanted[name], name
@@ -185,14 +185,14 @@ def assert_holds(batch: Batch, fields: list[object]) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2)])
 def test_batches_hold_the_planned_examples_on_any_mesh(shape, plan, data_sets, expected):
-    sharding = by_row(make_mesh(*shape))
+    sharding = row_sharding(make_mesh(*shape))
     found = list(batches(plan, data_sets, sharding, start=0, stop=STEPS))
     assert [step.number for step, _ in found] == list(range(STEPS))
     for step, batch in found:
         assert type(batch) is (IRBatch if step.task == "ir" else STSBatch)
         assert_holds(batch, expected.fields(step))
-        assert step.tokens == sum(int((rows.segments > 0).sum()) for rows in batch[:2])
-        assert step.computed_tokens == sum(rows.segments.size for rows in batch[:2])
+        assert step.tokens == sum(int((rows.segment_ids > 0).sum()) for rows in batch[:2])
+        assert step.computed_tokens == sum(rows.segment_ids.size for rows in batch[:2])
         for leaf in jax.tree.leaves(batch):
             assert leaf.sharding == sharding
             assert leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // (shape[0] * shape[1])
@@ -202,11 +202,11 @@ def test_batches_hold_the_planned_examples_on_any_mesh(shape, plan, data_sets, e
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1)])
 def test_a_mixed_batch_holds_what_each_device_has_been_dealt(shape, mixed_plan, data_sets, expected):
-    for step, batch in batches(mixed_plan, data_sets, by_row(make_mesh(*shape)), start=0, stop=4):
+    for step, batch in batches(mixed_plan, data_sets, row_sharding(make_mesh(*shape)), start=0, stop=4):
         assert type(batch) is MixedBatch
         assert_holds(batch, expected.fields(step))
-        assert step.tokens == sum(int((rows.segments > 0).sum()) for rows in batch[:2])
-        assert step.computed_tokens == sum(rows.segments.size for rows in batch[:2])
+        assert step.tokens == sum(int((rows.segment_ids > 0).sum()) for rows in batch[:2])
+        assert step.computed_tokens == sum(rows.segment_ids.size for rows in batch[:2])
         for device, (part, shard) in enumerate(zip(step.parts, batch.is_ir.addressable_shards, strict=True)):
             assert part.examples.size == 2
             assert shard.index == (slice(2 * device, 2 * device + 2),)
@@ -214,7 +214,7 @@ def test_a_mixed_batch_holds_what_each_device_has_been_dealt(shape, mixed_plan, 
 
 
 def test_starting_later_leaves_out_the_steps_before(plan, data_sets):
-    sharding = by_row(make_mesh(2, 1, 1))
+    sharding = row_sharding(make_mesh(2, 1, 1))
     everything = list(batches(plan, data_sets, sharding, start=0, stop=STEPS))
     for start in (1, 3, STEPS - 1):
         rest = list(batches(plan, data_sets, sharding, start=start, stop=STEPS))
@@ -230,8 +230,8 @@ def test_padded_rows():
     rows = padded_rows(texts, 4)
     assert rows.tokens.tolist() == [[7, 8, 9, 0], [0, 0, 0, 0], [5, 0, 0, 0]]
     assert rows.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert rows.segments.tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert rows.pooled.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert rows.segment_ids.tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert rows.pooling_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     assert {field.dtype.name for field in rows} == {"int32"}
 
 
@@ -259,7 +259,7 @@ HOSTS = {
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
 def test_own_slices_are_those_of_the_devices(hosts, shape):
     mesh = make_mesh(*shape)
-    sharding = by_row(mesh)
+    sharding = row_sharding(mesh)
     devices = list(mesh.devices.flat)
     per_shard = 16 // (shape[0] * shape[1])
     for own in HOSTS[hosts]:
@@ -276,7 +276,7 @@ def test_hosts_read_their_own_examples_alone_and_make_up_the_global_batch(
 ):
     plan = mixed_plan if sampler == "mixed" else plan
     mesh = make_mesh(8, 1, 1)
-    sharding = by_row(mesh)
+    sharding = row_sharding(mesh)
     read: list[tuple[str, int]] = []
     original = PreparedDataSet.read
 
@@ -322,7 +322,7 @@ def test_hosts_read_their_own_examples_alone_and_make_up_the_global_batch(
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("per_example", [1, 5])
 def test_to_global_keeps_the_rows_of_an_example_together(shape, per_example):
-    sharding = by_row(make_mesh(*shape))
+    sharding = row_sharding(make_mesh(*shape))
     local = np.arange(8 * per_example * 3).reshape(8 * per_example, 3)
     array = to_global(local, sharding, 8)
     np.testing.assert_array_equal(array, local)

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.data import prepare as module
 from codiemb_jax.data.prepare import Index, PreparedDataSet, cache_folder, prepare
-from codiemb_jax.data.prompts import PromptEncoder
-from codiemb_jax.data.records import read_records
+from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.text.records import read_records
 from codiemb_jax.errors import UserError
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
@@ -57,8 +57,8 @@ def write_sts(path: Path, scores: list[float]) -> Path:
 
 
 @pytest.fixture
-def encoder(tokenizer) -> PromptEncoder:
-    return PromptEncoder(tokenizer, PROMPT)
+def encoder(tokenizer) -> PromptTokenizer:
+    return PromptTokenizer(tokenizer, PROMPT)
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_ir_is_stored_as_encoded_in_file_order(tmp_path, encoder, cache, monkeyp
     assert len(list(data.folder.glob("0*"))) == (1 if part_tokens > 5000 else 6)
     texts = data.read(np.arange(300))
     for number, record in enumerate(read_records(path, "ir")):
-        expected = encoder.encode_queries([record.query], 40)
-        expected += encoder.encode_passages([*record.positives, *record.negatives], 24)
+        expected = encoder.tokenize_queries([record.query], 40)
+        expected += encoder.tokenize_passages([*record.positives, *record.negatives], 24)
         assert_same_tokens(texts[number], expected)
         assert index.query_tokens[number] == expected[0].ids.size
         assert index.positives[number] == len(record.positives)
@@ -113,7 +113,7 @@ def test_sts_stores_the_pair_as_queries_and_its_score(tmp_path, encoder, cache):
     assert data.scores(np.array([4])).dtype == np.float32
     assert data.index.positives.tolist() == [1] * 5 and data.index.negatives.tolist() == [0] * 5
     for texts, record in zip(data.read(np.arange(5)), read_records(data.path, "sts"), strict=True):
-        assert_same_tokens(texts, encoder.encode_queries([record.query, *record.positives], 40))
+        assert_same_tokens(texts, encoder.tokenize_queries([record.query, *record.positives], 40))
 
 
 def test_a_prepared_file_is_not_tokenised_again(tmp_path, encoder, cache, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_prepared_file_is_not_tokenised_again(tmp_path, encoder, cache, monkey
     def fail(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(PromptEncoder, "_encode", fail)
+    monkeypatch.setattr(PromptTokenizer, "_encode", fail)
     second = prepare(path, "ir", encoder, cache=cache, **LIMITS)
     assert second.folder == first.folder
     assert_same_tokens(second.read(np.array([5]))[0], first.read(np.array([5]))[0])
@@ -135,7 +135,7 @@ def test_what_the_tokens_depend_on_makes_a_new_data_set(tmp_path, tokenizer, mak
     path = write_ir(tmp_path / "a.jsonl", 3)
 
     def folder(tokenizer=tokenizer, prompt=PROMPT, **limits):
-        return prepare(path, "ir", PromptEncoder(tokenizer, prompt), cache=cache, **(LIMITS | limits)).folder
+        return prepare(path, "ir", PromptTokenizer(tokenizer, prompt), cache=cache, **(LIMITS | limits)).folder
 
     folders = [
         folder(),
@@ -171,7 +171,7 @@ def test_a_crash_leaves_nothing_behind(tmp_path, encoder, cache, monkeypatch):
 
 def test_texts_without_content_are_listed_by_line_and_field(tmp_path, letter_tokenizer, cache):
     prompt = PromptSettings(query="aa{instruction}aa", passage="b", end="</s>")
-    encoder = PromptEncoder(letter_tokenizer, prompt)
+    encoder = PromptTokenizer(letter_tokenizer, prompt)
     lines = [
         {"query": ["", "", "a"], "positives": [["", "", "b"]]},
         {"query": ["bb", "", "a"], "positives": [["", "", "b"], ["", "", "?"]], "negatives": [["", "", "!"]]},
@@ -194,7 +194,7 @@ def test_texts_without_content_are_listed_by_line_and_field(tmp_path, letter_tok
 def test_twenty_texts_without_content_and_their_number(tmp_path, letter_tokenizer, cache):
     path = write_sts(tmp_path / "a.jsonl", [1.0] * 300)  # "first" and "second" have no letter a or b
     with pytest.raises(UserError) as caught:
-        prepare(path, "sts", PromptEncoder(letter_tokenizer, PromptSettings()), cache=cache, **LIMITS)
+        prepare(path, "sts", PromptTokenizer(letter_tokenizer, PromptSettings()), cache=cache, **LIMITS)
     lines = str(caught.value).splitlines()
     assert len(lines) == 22
     assert lines[2] == f"  {path}:1: positives[0]: {NO_TOKEN}"
@@ -239,7 +239,7 @@ def prepare_together(tokenizer: Path, path: Path, cache: Path, barrier, results)
         write(self, folder)
 
     module._Preparation.write = write_at_once
-    encoder = PromptEncoder(PreTrainedTokenizerFast.from_pretrained(tokenizer), PROMPT)
+    encoder = PromptTokenizer(PreTrainedTokenizerFast.from_pretrained(tokenizer), PROMPT)
     data = prepare(path, "ir", encoder, cache=cache, **LIMITS)
     results.put((data.folder.name, [[t.ids.tolist() for t in texts] for texts in data.read(np.arange(60))]))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from codiemb_jax.config import DataSettings
 from codiemb_jax.data.prepare import Index
-from codiemb_jax.data.records import Task
+from codiemb_jax.text.records import Task
 from codiemb_jax.data.sampler import Plan, Source, StepPlan, row_length
 from codiemb_jax.errors import UserError
 

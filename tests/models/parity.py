@@ -9,10 +9,10 @@ import torch
 from flax import nnx
 from transformers import AutoModel
 
-from codiemb_jax.batch import Rows
+from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
-from codiemb_jax.training.mesh import make_mesh
-from codiemb_jax.training.model import ModelFolder, open_model
+from codiemb_jax.sharding import make_mesh
+from codiemb_jax.checkpoints.model import ModelFolder, open_model
 
 LENGTHS = (500, 7, 131, 1)
 
@@ -24,9 +24,9 @@ def random_tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(mask, random.integers(3, vocab_size, mask.shape), 0), mask
 
 
-def as_rows(tokens: np.ndarray, mask: np.ndarray) -> Rows:
+def as_rows(tokens: np.ndarray, mask: np.ndarray) -> TokenRows:
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
-    return Rows(*(x.astype(np.int32) for x in (tokens, positions, mask, mask)))
+    return TokenRows(*(x.astype(np.int32) for x in (tokens, positions, mask, mask)))
 
 
 def open_folder(path: Path, attention: str = "bidirectional", **settings: Any) -> ModelFolder:

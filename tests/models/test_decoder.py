@@ -13,12 +13,12 @@ from flax import nnx
 from transformers import GraniteConfig, GraniteModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 import codiemb_jax
-from codiemb_jax.batch import Rows
+from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.models.embed import embed, embed_with_middle
 from codiemb_jax.models.pooling import unit
-from codiemb_jax.training.mesh import make_mesh
-from codiemb_jax.training.model import open_model
+from codiemb_jax.sharding import make_mesh
+from codiemb_jax.checkpoints.model import open_model
 from tests.models.parity import as_rows, assert_same_hidden_states, open_folder, random_tokens, read_theirs
 
 TINY = {
@@ -121,12 +121,12 @@ def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, token
     random = np.random.default_rng(1)
     lengths = [5, 9, 3, 11]
     texts = [random.integers(3, 300, length) for length in lengths]
-    padded, packed = (Rows(*(np.zeros(shape, np.int32) for _ in Rows._fields)) for shape in ((4, 12), (2, 16)))
+    padded, packed = (TokenRows(*(np.zeros(shape, np.int32) for _ in TokenRows._fields)) for shape in ((4, 12), (2, 16)))
 
-    def put(rows: Rows, row: int, start: int, segment: int, text: np.ndarray) -> None:
+    def put(rows: TokenRows, row: int, start: int, segment: int, text: np.ndarray) -> None:
         place = (row, slice(start, start + text.size))
-        rows.tokens[place], rows.positions[place], rows.segments[place] = text, np.arange(text.size), segment
-        rows.pooled[row, start + 1 : start + text.size] = 1  # the first token is prompt
+        rows.tokens[place], rows.positions[place], rows.segment_ids[place] = text, np.arange(text.size), segment
+        rows.pooling_mask[row, start + 1 : start + text.size] = 1  # the first token is prompt
 
     for i, text in enumerate(texts):
         put(padded, i, 0, 1, text)

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 from transformers import BertConfig, BertForPreTraining, BertModel, XLMRobertaConfig, XLMRobertaForMaskedLM
 
-from codiemb_jax.batch import Rows
+from codiemb_jax.batch import TokenRows
 from codiemb_jax.models.embed import embed, embed_with_middle
 from tests.models.parity import as_rows, assert_same_hidden_states, open_folder, random_tokens, read_theirs
 
@@ -74,7 +74,7 @@ def test_padding_tokens_inside_a_text_have_the_positions_of_transformers(kind, t
     assert_same_hidden_states(ours, read_theirs(tmp_path), np.where(mask, tokens, 2), mask)
     model = nnx.merge(ours.graph, ours.load())
     padded = as_rows(tokens[1:3, :140], mask[1:3, :140])
-    packed = Rows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
+    packed = TokenRows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
     packed.segments[0, 7:138] = 2
     np.testing.assert_allclose(embed(model, packed, slots=2), embed(model, padded), atol=3e-5)
 
@@ -117,7 +117,7 @@ def test_packed_texts_have_the_vectors_of_padded_ones(kind, pooling, tmp_path, t
     tokens, mask = random_tokens(300)
     tokens, mask = tokens[1:3, :140], mask[1:3, :140]  # 7 and 131 tokens
     padded = as_rows(tokens, mask)
-    packed = Rows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
+    packed = TokenRows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
     packed.segments[0, 7:138] = 2
     for one, many in zip(embed_with_middle(model, padded), embed_with_middle(model, packed, slots=2), strict=True):
         np.testing.assert_allclose(one, many, atol=3e-5)
@@ -128,7 +128,7 @@ def test_what_training_does_not_use_is_told_and_kept(tmp_path, tokenizer_files):
     tokenizer_files(tmp_path)
     model = open_folder(tmp_path)
     assert model.blueprint.prefix == "bert."
-    kept = model.stream_untrained()
+    kept = model.stream_passthrough()
     assert {"bert.pooler.dense.weight", "cls.predictions.transform.dense.weight", "cls.seq_relationship.bias"} <= set(
         kept
     )

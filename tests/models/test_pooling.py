@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codiemb_jax.batch import Rows
+from codiemb_jax.batch import TokenRows
 from codiemb_jax.models.pooling import pool, unit
 
 POOLINGS = ("mean", "weighted_mean", "cls", "last_token")
@@ -41,7 +41,7 @@ def test_each_pooling_is_that_of_numpy(pooling, masks, seed, left, packed):
     length = sum(mask.size for mask in masks) + 2 if packed else max(mask.size for mask in masks) + 2
     rows, slots = (1, len(masks)) if packed else (len(masks), 1)
     hidden = random.standard_normal((rows, length, 3)).astype(np.float32)  # of padding, too: it must not count
-    empty = Rows(*(np.zeros((rows, length), np.int32) for _ in Rows._fields))
+    empty = TokenRows(*(np.zeros((rows, length), np.int32) for _ in TokenRows._fields))
     place = 2 if left else 0
     for number, (mask, states) in enumerate(zip(masks, texts, strict=True)):
         row, segment = (0, number + 1) if packed else (number, 1)
@@ -58,8 +58,8 @@ def test_each_pooling_is_that_of_numpy(pooling, masks, seed, left, packed):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_an_empty_slot_gives_zeros_and_a_zero_gradient(pooling):
-    rows = Rows(*(np.zeros((2, 5), np.int32) for _ in Rows._fields))
-    rows.segments[0, :3], rows.pooled[0, :3] = 1, 1
+    rows = TokenRows(*(np.zeros((2, 5), np.int32) for _ in TokenRows._fields))
+    rows.segment_ids[0, :3], rows.pooling_mask[0, :3] = 1, 1
     hidden = np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)
     found = np.asarray(unit(pool(hidden, rows, 2, pooling)))
     assert (found[0, 1] == 0).all()
@@ -72,7 +72,7 @@ def test_an_empty_slot_gives_zeros_and_a_zero_gradient(pooling):
 
 
 def test_a_pooled_vector_is_float32_of_bfloat16_states():
-    rows = Rows(*(np.ones((1, 7), np.int32) for _ in Rows._fields))
+    rows = TokenRows(*(np.ones((1, 7), np.int32) for _ in TokenRows._fields))
     hidden = jax.numpy.asarray(np.random.default_rng(0).standard_normal((1, 7, 4)), jax.numpy.bfloat16)
     found = pool(hidden, rows, 1, "mean")
     assert found.dtype == np.float32

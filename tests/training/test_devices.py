@@ -12,10 +12,10 @@ from transformers import BertConfig, BertModel
 from codiemb_jax.config import Settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.prepare import prepare
-from codiemb_jax.data.prompts import PromptEncoder
+from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.data.sampler import Plan, Source
-from codiemb_jax.training.mesh import by_row, make_mesh
-from codiemb_jax.training.model import open_model
+from codiemb_jax.sharding import row_sharding, make_mesh
+from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.training.schedule import learning_rate
 from codiemb_jax.training.state import TrainState, abstract_opt_state, initial_opt_state, make_optimizer
 from codiemb_jax.training.step import make_step
@@ -45,7 +45,7 @@ def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]]
     """Loss and gradient norm of every step, with its shape, and how many programs were compiled."""
     mesh = make_mesh(settings.mesh, jax.devices()[:devices])
     model = open_model(settings.model, settings.prompt, mesh)
-    encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
+    encoder = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
     limits = {"query_max_tokens": 64, "passage_max_tokens": 64}
     data_sets = [
         prepare(path, task, encoder, cache=cache, **limits)
@@ -61,7 +61,7 @@ def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]]
         params = model.load(settings.seed)
         state = TrainState(params, initial_opt_state(optimizer, params))
         step = make_step(model.graph, optimizer, schedule, settings, mesh, layout, model.config.has_dropout)
-        for step_plan, batch in batches(plan, data_sets, by_row(mesh), start=0, stop=STEPS):
+        for step_plan, batch in batches(plan, data_sets, row_sharding(mesh), start=0, stop=STEPS):
             state, metrics = step(state, np.int32(step_plan.number), batch)
             values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
             shape = (step_plan.query_row, step_plan.passage_row)

@@ -20,13 +20,13 @@ from codiemb_jax.batch import MixedBatch
 from codiemb_jax.config import Settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.prepare import prepare
-from codiemb_jax.data.prompts import PromptEncoder
+from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.data.sampler import Plan, Source
 from codiemb_jax.models.embed import embed_with_middle
 from codiemb_jax.models.pooling import unit
 from codiemb_jax.objectives.tasks import ir_objective, sts_objective
-from codiemb_jax.training.mesh import by_row, make_mesh
-from codiemb_jax.training.model import open_model
+from codiemb_jax.sharding import row_sharding, make_mesh
+from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.training.step import batch_loss
 
 TRAIN = Path(codiemb_jax.__file__).parent / "quickstart" / "data" / "train"
@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_of_what_each_device_has(chunks, golden, tmp_path):
     settings = Settings.model_validate(settings_of(golden, tmp_path, encode_chunks=chunks))
     mesh = make_mesh(settings.mesh, jax.devices()[:4])
     model = open_model(settings.model, settings.prompt, mesh)
-    encoder = PromptEncoder(model.blueprint.tokenizer(), settings.prompt)
+    encoder = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
     limits = {"query_max_tokens": 64, "passage_max_tokens": 96}
     data_sets = [
         prepare(path, task, encoder, cache=tmp_path / "cache", **limits)
@@ -90,7 +90,7 @@ def test_the_loss_is_the_mean_of_what_each_device_has(chunks, golden, tmp_path):
         whole = jax.jit(jax.value_and_grad(partial(batch_loss, graph, settings=settings, mesh=mesh), has_aux=True))
         found = [
             (step, jax.device_get(batch), jax.device_get(whole(params, batch)))
-            for step, batch in batches(plan, data_sets, by_row(mesh), start=0, stop=4)
+            for step, batch in batches(plan, data_sets, row_sharding(mesh), start=0, stop=4)
         ]
     params = jax.device_get(params)
     for step, batch, ((loss, parts), gradient) in found:

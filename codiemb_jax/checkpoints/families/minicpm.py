@@ -1,0 +1,55 @@
+"""MiniCPM (MiniCPM-Embedding): a Llama with scaled embeddings and residual branches; transformers' Granite."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from codiemb_jax.checkpoints.families.decoders import (
+    LM_EXTRAS,
+    HFDecoder,
+    as_stock,
+    decoder_weights,
+    read_decoder_config,
+)
+from codiemb_jax.checkpoints.families.family import AboveZero, Family, check_config
+from codiemb_jax.models.decoder import Decoder, DecoderConfig
+
+
+class HFMiniCPM(HFDecoder):
+    scale_emb: AboveZero = 1.0
+    scale_depth: AboveZero = 1.0
+
+
+def _scales(hf: Mapping[str, Any]) -> tuple[float, float]:
+    """Factors of the embeddings and of what each layer adds."""
+    checked = check_config(HFMiniCPM, hf)
+    return checked.scale_emb, checked.scale_depth / math.sqrt(checked.num_hidden_layers)
+
+
+def _read_config(hf: Mapping[str, Any]) -> DecoderConfig:
+    embedding, residual = _scales(hf)
+    return read_decoder_config(hf, embedding_scale=embedding, residual_scale=residual)
+
+
+def as_granite(hf: dict[str, Any]) -> dict[str, Any]:
+    """The same model as transformers' stock Granite."""
+    own = ("scale_emb", "scale_depth", "dim_model_base")
+    stock = as_stock({name: value for name, value in hf.items() if name not in own}, "granite", "GraniteModel")
+    embedding, residual = _scales(hf)
+    return stock | {
+        "embedding_multiplier": embedding,
+        "residual_multiplier": residual,
+        "attention_multiplier": stock["head_dim"] ** -0.5,
+        "logits_scaling": 1.0,
+    }
+
+
+FAMILY = Family(
+    model_type="minicpm",
+    model=Decoder,
+    read_config=_read_config,
+    prefix="model.",
+    weights=decoder_weights(qk_norm=False),
+    passthrough=LM_EXTRAS,
+    stock=as_granite,
+)

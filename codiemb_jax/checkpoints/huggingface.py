@@ -1,0 +1,92 @@
+"""A model folder in Hugging Face format."""
+
+import base64
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from codiemb_jax.checkpoints.blueprint import TOKENIZER_FILES
+from codiemb_jax.checkpoints.folder import ModelFolder
+from codiemb_jax.checkpoints.safetensors import (
+    LazyArray,
+    WeightFiles,
+    check_weights,
+    find_prefix,
+    read_weights,
+    stream_weights,
+)
+from codiemb_jax.checkpoints.sentence_transformers import DENSE, read_modules, read_prompts
+from codiemb_jax.errors import UserError
+from codiemb_jax.files import read_json
+from codiemb_jax.models.build import Params
+
+HUB_FILES = ["*.safetensors*", "*.json", "*/config.json", "*/model.safetensors", "*.py", *TOKENIZER_FILES]
+"""What is downloaded of a model: no pickled weights."""
+
+
+class HuggingFaceFolder(ModelFolder):
+    """config.json, a tokenizer and safetensors, perhaps with sentence-transformers' description of how to encode."""
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+          UserError: a file is missing or cannot be used.
+        """
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: config.json is missing; give a folder in Hugging Face format")
+        self.config = read_json(path / "config.json", dict)
+        self._weights = WeightFiles(path)
+        self.dtypes = self._weights.dtypes
+        modules = read_modules(path)
+        self._read_config()
+        self.prefix = find_prefix(self.dtypes, self.family)
+        self.files = _read_tokenizer_files(path)
+        self.code = _read_files(sorted(path.glob("*.py")))
+        self._dense = modules.dense if modules else None
+        self.stored = self._direction(modules is not None) | (modules.encoding if modules else {})
+        self.text, longest = None, None
+        if modules:
+            self.text, longest = read_prompts(path, modules.include_prompt)
+        self.max_tokens = min(longest or self.model_config.max_positions, self.model_config.max_positions)
+        self._passthrough: list[str] = []
+
+    def _direction(self, described: bool) -> dict[str, Any]:
+        """A decoder's direction of attention, if the folder says it; one that sentence-transformers loads has one."""
+        causal = self.config.get("is_causal", self.family.causal if described else None)
+        return {"attention": "causal" if causal else "bidirectional"} if isinstance(causal, bool) else {}
+
+    def check(self, abstract: Params) -> None:
+        self._passthrough = check_weights(
+            self._weights, self.family.weights, self.prefix, abstract, self.family.passthrough
+        )
+        if self._dense:
+            check_weights(WeightFiles(self._dense), DENSE, "", abstract["projection"])
+
+    def load(self, abstract: Params) -> Params:
+        params = read_weights(self._weights, self.family.weights, self.prefix, abstract)
+        if self._dense:
+            params["projection"] = read_weights(WeightFiles(self._dense), DENSE, "", abstract["projection"])
+        return params
+
+    def stream(self, abstract: Params) -> Params:
+        params = stream_weights(self._weights, self.family.weights, self.prefix, abstract)
+        if self._dense:
+            params["projection"] = stream_weights(WeightFiles(self._dense), DENSE, "", abstract["projection"])
+        return params
+
+    def stream_passthrough(self) -> dict[str, LazyArray]:
+        return {name: self._weights.lazy(name) for name in self._passthrough}
+
+
+def _read_files(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths if path.is_file()}
+
+
+def _read_tokenizer_files(folder: Path) -> dict[str, str]:
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder}: tokenizer.json is missing; save a fast tokenizer there "
+            "(AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER))"
+        )
+    return _read_files(folder / name for name in TOKENIZER_FILES)

@@ -1,0 +1,321 @@
+"""Orbax checkpoints: what is in them, saving, restoring.  The only file that knows Orbax.
+
+A checkpoint is one folder that holds the parameters, the weights that training passes through and, in a run, the
+optimizer's state; and a manifest: the model's blueprint, and dtype, shape and checksum of every array.  It is written
+under another name and renamed when complete, so that a folder that is there is complete.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from codiemb_jax.checkpoints.blueprint import Blueprint
+from codiemb_jax.checkpoints.checksums import array_checksum, tree_checksums
+from codiemb_jax.checkpoints.folder import ModelFolder, naming
+from codiemb_jax.checkpoints.safetensors import LazyArray, weight_names
+from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.files import new_folder
+from codiemb_jax.models.build import Params
+
+PARTS, LEAST = 16, 128
+"""A converted weight is stored in blocks, of its last two axes a 16th each, but not below 128: devices that share a
+weight over a mesh read whole blocks, so no more than their own where their number divides 16."""
+
+MANIFEST = "blueprint"
+"""The item that holds the manifest.  It is written last, or with all others by Orbax."""
+
+COMMIT_MARKS = ("_CHECKPOINT_METADATA", MANIFEST, "params")
+"""Without these a folder is no checkpoint of ours."""
+
+Arrays = dict[str, tuple[str, list[int], str]]
+"""Dtype, shape and checksum of each array of a tree, by its path."""
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every part of every save, and what it then raises
+
+
+class OrbaxCheckpoint(ModelFolder):
+    """One checkpoint: of a run, or a converted model."""
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+          UserError: it is incomplete, damaged, or another version of this project wrote it.
+        """
+        if not is_checkpoint(path):
+            missing = [name for name in COMMIT_MARKS if not (path / name).exists()]
+            raise UserError(
+                f"{path} is not a checkpoint (without {', '.join(missing)}); give one that `convert.hf_to_orbax` "
+                "wrote, or a run's checkpoints/STEP"
+            )
+        self.path = path
+        manifest = _read_manifest(path)
+        with naming(path):
+            self.blueprint = Blueprint.from_json(manifest["blueprint"])
+            self.arrays = _read_arrays(manifest["arrays"])
+        self.config = self.blueprint.config
+        self._read_config()
+        self.prefix, self.dtypes = self.blueprint.prefix, self.blueprint.dtypes
+        self.files, self.code = self.blueprint.files, self.blueprint.code
+        self.stored = self.blueprint.encoding
+        self.text = self.blueprint.prompt or self.blueprint.sentence
+        self.max_tokens = self.blueprint.max_tokens
+
+    def check(self, abstract: Params) -> None:
+        expected = {_path(keys): list(leaf.shape) for keys, leaf in _leaves(abstract)}
+        found = {path: shape for path, (_, shape, _) in self.arrays["params"].items()}
+        problems = [
+            f"{path}: {found.get(path, 'missing')} in the checkpoint, {expected.get(path, 'unknown')} by its config"
+            for path in sorted(expected.keys() | found.keys())
+            if expected.get(path) != found.get(path)
+        ]
+        layers = self.model_config.layers
+        wanted = {name for weight in self.family.weights for name in weight_names(weight, self.prefix, layers)}
+        problems += [f"{name}: the checkpoint does not say its type" for name in sorted(wanted - set(self.dtypes))]
+        beyond, passthrough = set(self.dtypes) - wanted, set(self.arrays.get("passthrough", {}))
+        problems += [f"{name}: missing" for name in sorted(beyond - passthrough)]
+        problems += [f"{name}: the checkpoint does not say its type" for name in sorted(passthrough - beyond)]
+        if problems:
+            raise UserError(f"{self.path}: the checkpoint is inconsistent:\n" + format_problems(problems))
+
+    def load(self, abstract: Params) -> Params:
+        held = {path.split(".")[0] for path in self.arrays["params"]}  # a new projection is not
+        wanted = {name: leaf for name, leaf in abstract.items() if name in held}
+        return restore_item(self.path, "params", self.arrays["params"], wanted)
+
+    def stream(self, abstract: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda keys, _: self._lazy("params", _path(keys)), abstract)
+
+    def stream_passthrough(self) -> dict[str, LazyArray]:
+        return {name: self._lazy("passthrough", name) for name in self.arrays.get("passthrough", {})}
+
+    def _lazy(self, item: str, path: str) -> LazyArray:
+        dtype, shape, checksum = self.arrays[item][path]
+        keys = [path] if item == "passthrough" else path.split(".")
+
+        def read() -> np.ndarray:
+            value = _restore_one(self.path / item, keys)
+            if [value.dtype.name, list(value.shape), array_checksum(value)] != [dtype, shape, checksum]:
+                raise UserError(_damaged(self.path, f"{item}: {path} does not match its checksum"))
+            return value
+
+        return LazyArray(tuple(shape), np.dtype(dtype), read)
+
+
+class RunCheckpoints:
+    """The checkpoints of a run, a folder for each number of steps done; saved in the background."""
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(
+        self,
+        done: int,
+        params: Params,
+        optimizer: Any,
+        passthrough: Mapping[str, np.ndarray],
+        blueprint: Blueprint,
+    ) -> None:
+        """Starts saving what there is after `done` steps, and returns once it is copied."""
+        arrays = {"params": describe_tree(params), "optimizer": describe_tree(optimizer)}
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardSave(params),
+            "optimizer": ocp.args.StandardSave(optimizer),
+        }
+        if passthrough:
+            arrays["passthrough"] = {name: _describe(value) for name, value in passthrough.items()}
+            items["passthrough"] = ocp.args.StandardSave(dict(passthrough))
+        items[MANIFEST] = ocp.args.JsonSave(_manifest(blueprint, arrays))
+        self._manager.save(done, args=ocp.args.Composite(**items))
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps of which a run's folder of checkpoints holds one, in order: unfinished ones have longer names."""
+    return sorted(int(child.name) for child in folder.glob("*") if child.name.isdecimal())
+
+
+def restore_run(folder: Path, done: int, params: Params, optimizer: Any) -> tuple[Params, Any]:
+    """Parameters and optimizer state after `done` steps, in the shapes, dtypes and shardings given.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    earlier = [step for step in steps_of(folder) if step < done]
+    hint = f"; remove it to continue from the one before it, {folder / str(earlier[-1])}" if earlier else ""
+    try:
+        checkpoint = OrbaxCheckpoint(folder / str(done))
+        if "optimizer" not in checkpoint.arrays:
+            raise UserError(_damaged(checkpoint.path, "it lacks the optimizer's state"))
+        checkpoint.check(params)
+        return checkpoint.load(params), restore_item(
+            checkpoint.path, "optimizer", checkpoint.arrays["optimizer"], optimizer
+        )
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one complete checkpoint of ours."""
+    return all((folder / name).exists() for name in COMMIT_MARKS)
+
+
+def save_model(folder: Path, params: Params, passthrough: Mapping[str, Any], blueprint: Blueprint) -> None:
+    """Writes a checkpoint without an optimizer's state; `params` and `passthrough` hold `LazyArray`s."""
+    with new_folder(folder) as made:
+        arrays: dict[str, Arrays] = {}
+        items: dict[str, Any] = {}
+        handlers: dict[str, Any] = {}
+        for name, tree in {"params": params, "passthrough": dict(passthrough)}.items():
+            if tree:
+                handler = _LazyHandler(arrays.setdefault(name, {}))
+                registry = ocp.type_handlers.create_type_handler_registry((LazyArray, handler))
+                items[name] = ocp.args.PyTreeSave(tree)
+                handlers[name] = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+            checkpointer.save(made, args=ocp.args.Composite(**items))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            checkpointer.save(made / MANIFEST, args=ocp.args.JsonSave(_manifest(blueprint, arrays)))
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Saves `LazyArray`s one after another, so that only one at a time is in memory, and describes each in `arrays`."""
+
+    def __init__(self, arrays: Arrays):
+        super().__init__(deepcopy_host_arrays=False)
+        self._arrays = arrays
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        for i, value in enumerate(values):
+            own_args = None if args is None else [args[i]]
+            array = np.asarray(value)
+            self._arrays[infos[i].name] = _describe(array)
+            for future in await super().serialize([array], [infos[i]], own_args):
+                future.result()
+        return []
+
+    async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
+        # Orbax cuts into equal parts only, and a vocabulary may be prime.
+        blocks = list(value.shape)
+        if value.ndim > 1:
+            blocks[-2:] = [min(size, max(-(-size // PARTS), LEAST)) for size in value.shape[-2:]]
+        tspec["metadata"]["chunks"] = blocks
+        await super()._open_and_write(value, tspec, ts_context)
+
+
+def restore_item(folder: Path, item: str, arrays: Arrays, abstract: Any) -> Any:
+    """A tree of arrays, verified, in the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    leaves = _leaves(abstract)
+    if missing := [path for keys, _ in leaves if (path := _path(keys)) not in arrays]:
+        raise UserError(_damaged(folder, f"{item} lacks {', '.join(missing[:5])}"))
+
+    def stored(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Restored as it is stored, so that its checksum can be compared, and only then cast.
+        return jax.ShapeDtypeStruct(leaf.shape, np.dtype(arrays[_path(keys)][0]), sharding=leaf.sharding)
+
+    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(jax.tree_util.tree_map_with_path(stored, abstract))})
+    with _readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(folder.absolute(), args=args)[item]
+    found = describe_tree(restored)
+    wrong = [path for keys, _ in leaves if found[path := _path(keys)] != arrays[path]]
+    if wrong:
+        raise UserError(_damaged(folder, f"{item}: {', '.join(wrong[:5])} does not match its checksum"))
+    return jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), restored, abstract)
+
+
+def describe_tree(tree: Any) -> Arrays:
+    """Dtype, shape and checksum of each array, by its path."""
+    checksums = dict(_leaves(tree_checksums(tree)))
+    return {_path(keys): (leaf.dtype.name, list(leaf.shape), checksums[keys]) for keys, leaf in _leaves(tree)}
+
+
+def _describe(array: np.ndarray) -> tuple[str, list[int], str]:
+    return (array.dtype.name, list(array.shape), array_checksum(array))
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _path(keys: Sequence[Any]) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+
+
+def _manifest(blueprint: Blueprint, arrays: Mapping[str, Arrays]) -> dict[str, Any]:
+    content = {"blueprint": blueprint.model_dump(mode="json"), "arrays": dict(arrays)}
+    return content | {"digest": _digest(content)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    with _readable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        manifest = checkpointer.restore((folder / MANIFEST).absolute())
+    if not isinstance(manifest, dict) or set(manifest) != {"blueprint", "arrays", "digest"}:
+        raise UserError(f"{folder}: was written by another version of codiemb_jax; convert the model again")
+    if manifest.pop("digest") != _digest(manifest):
+        raise UserError(_damaged(folder, "the blueprint does not match its checksum"))
+    return manifest
+
+
+def _read_arrays(arrays: Any) -> dict[str, Arrays]:
+    def described(found: Any) -> bool:
+        match found:
+            case [str(dtype), [*shape], str()]:
+                return all(type(size) is int and size >= 0 for size in shape) and dtype in DTYPES
+        return False
+
+    if isinstance(arrays, dict) and "params" in arrays and set(arrays) <= {"params", "optimizer", "passthrough"}:
+        trees = list(arrays.values())
+        if all(isinstance(tree, dict) and all(map(described, tree.values())) for tree in trees):
+            return {item: {path: tuple(found) for path, found in tree.items()} for item, tree in arrays.items()}
+    raise UserError("the checkpoint does not say dtype, shape and checksum of each array")
+
+
+DTYPES = {dtype.name for dtype in (*map(np.dtype, "?bhilBHILefd"), np.dtype(jax.numpy.bfloat16))}
+
+
+def _damaged(folder: Path, what: str) -> str:
+    return f"{folder}: the checkpoint is damaged: {what}"
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """UserError if what is done with a checkpoint fails."""
+    try:
+        yield
+    except Exception as error:  # Orbax raises plain Exception where a file cannot be read
+        reason = " ".join(str(error)[:200].split())
+        raise UserError(f"{folder}: the checkpoint cannot be read ({reason})") from error
+
+
+def _restore_one(folder: Path, keys: Sequence[str]) -> np.ndarray:
+    """One array of a saved tree."""
+    item: Any = 0
+    args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    for key in reversed(keys):
+        item, args = {key: item}, {key: args}
+    with _readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            folder.absolute(), args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+        )
+    return jax.tree.leaves(restored)[0]

@@ -1,0 +1,29 @@
+"""Tokenized texts -> rows of tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from codiemb_jax.batch import TokenRows
+from codiemb_jax.text.prompts import Tokens
+
+
+def pad(texts: Sequence[Tokens | None], row_length: int) -> TokenRows:
+    """Lays out one text per row, padded at the end, [texts, row_length]; None gives an empty row."""
+    rows = TokenRows(*(np.zeros((len(texts), row_length), np.int32) for _ in TokenRows._fields))
+    for row, text in enumerate(texts):
+        if text is not None:
+            count = text.ids.size
+            rows.tokens[row, :count] = text.ids
+            rows.positions[row, :count] = np.arange(count)
+            rows.segment_ids[row, :count] = 1
+            rows.pooling_mask[row, text.content : count] = 1
+    return rows
+
+
+def padded_length(longest: int, limit: int) -> int:
+    """The shortest of the limit, its half, quarter, eighth and sixteenth that holds `longest` tokens.
+
+    Few lengths, because each new shape is compiled once.
+    """
+    return next(length for length in (-(-limit // part) for part in (16, 8, 4, 2, 1)) if length >= longest)

@@ -1,0 +1,57 @@
+"""Text -> token ids as sentence-transformers does it, for model folders that it describes."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as Normalizers
+
+from codiemb_jax.text.prompts import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class SentencePrompts(BaseModel):
+    """What a sentence-transformers folder says about texts, in its own words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: dict[str, str] = {}
+    default_prompt_name: str | None = None
+    include_prompt: Flag = True
+    """Whether pooling covers the prompt."""
+    do_lower_case: Flag = False
+
+
+class SentenceTokenizer:
+    """Puts a prompt before each text; special tokens are those that tokenizer.json adds."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompts: SentencePrompts):
+        self._settings = prompts
+        self._special = set(tokenizer.all_special_ids)
+        self._side = tokenizer.truncation_side
+        self._tokenizer = tokenizer.backend_tokenizer
+        if prompts.do_lower_case:
+            others = [self._tokenizer.normalizer] if self._tokenizer.normalizer is not None else []
+            self._tokenizer.normalizer = Normalizers([Lowercase(), *others])
+        self.prompts = {"query": "", "document": ""} | prompts.prompts
+        self.default_prompt_name = prompts.default_prompt_name
+
+    def tokenize(self, texts: Sequence[str], prompt: str, max_tokens: int) -> list[Tokens]:
+        """Tokens of each text after `prompt`, at most `max_tokens` each, special tokens included.
+
+        The number of prompt tokens is that of the prompt alone, as sentence-transformers counts it.
+        """
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_tokens, direction=self._side)
+        head = 0
+        if prompt and not self._settings.include_prompt:
+            ids = self._tokenizer.encode(prompt).ids
+            head = len(ids) - (bool(ids) and ids[-1] in self._special)
+        encoded = self._tokenizer.encode_batch([prompt + text for text in texts])
+        return [Tokens(np.array(text.ids, np.int32), head) for text in encoded]

@@ -1,0 +1,22 @@
+"""AdamW, as the original's trainer (transformers') has it."""
+
+from typing import Any
+
+import jax
+import optax
+
+from codiemb_jax.config import OptimizerSettings
+from codiemb_jax.models.build import Params
+
+
+def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW, after clipping if asked for.  Norms and biases are not decayed."""
+
+    def decayed(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not any(part in jax.tree_util.keystr(path) for part in ("norm", "bias")), params
+        )
+
+    adamw = optax.adamw(schedule, *settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, mask=decayed)
+    clip = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
+    return optax.chain(*clip, adamw)

@@ -1,0 +1,160 @@
+"""What a run is made of, checked before anything is written."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from codiemb_jax.batch import TASKS
+from codiemb_jax.checkpoints.export import check_exportable
+from codiemb_jax.checkpoints.model import PretrainedModel, open_model
+from codiemb_jax.config import MAX_INT, Settings
+from codiemb_jax.data.mixed import MixedPlan
+from codiemb_jax.data.prepare import prepare
+from codiemb_jax.data.sampler import Plan, Source
+from codiemb_jax.data.store import PreparedDataSet, cache_folder
+from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.objectives.registry import OBJECTIVES
+from codiemb_jax.sharding import make_mesh, row_shards
+from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.text.records import data_set_names, find_files
+from codiemb_jax.training.run_folder import RunFolder
+
+DEVICES = "devices with different rows (mesh.data x mesh.fsdp)"
+"""Among a run's inputs with sampler: mixed, whose steps are made of each device's own data set."""
+
+
+@dataclass(frozen=True)
+class TrainingModel:
+    """The model that a run starts from, where it will run."""
+
+    settings: Settings
+    """As resolved for this platform."""
+    mesh: jax.sharding.Mesh
+    model: PretrainedModel
+    tokenizer: PromptTokenizer
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, checked; nothing is written yet."""
+
+    start: TrainingModel
+    data_sets: Sequence[PreparedDataSet]
+    names: Sequence[str]
+    """The data sets' names."""
+    plan: Plan
+    steps: int
+    folder: RunFolder
+    inputs: dict[str, str]
+
+
+def open_training_model(settings: Settings) -> TrainingModel:
+    """The model that a run trains.
+
+    Raises:
+      UserError: the model cannot be used, or the mesh or the batch sizes do not fit.
+    """
+    settings = with_platform_defaults(settings)
+    mesh = make_mesh(settings.mesh)
+    check_batches(settings, row_shards(mesh))
+    max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
+    model = open_model(settings.model, settings.prompt, mesh, max_tokens)
+    if settings.export:
+        check_exportable(model.blueprint)
+    return TrainingModel(
+        settings, mesh, model, PromptTokenizer(model.blueprint.tokenizer(), settings.prompt), max_tokens
+    )
+
+
+def open_run(start: TrainingModel) -> Run:
+    """Prepares the data and checks everything else that a user may have got wrong.
+
+    Raises:
+      UserError: data or output_dir cannot be used.
+    """
+    settings = start.settings
+    folder = RunFolder(settings.output_dir)
+    files = {task: find_files(getattr(settings.data, task), f"data.{task}") for task in TASKS}
+    limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
+    data_sets = [
+        prepare(path, task, start.tokenizer, cache=cache_folder(), **limits) for task in TASKS for path in files[task]
+    ]
+    names = data_set_names([data_set.path for data_set in data_sets])
+    sources = [Source(name, data_set.task, data_set.index) for name, data_set in zip(names, data_sets, strict=True)]
+    check_negatives(settings, sources)
+    shards = row_shards(start.mesh)
+    if settings.data.sampler == "mixed":
+        plan: Plan = MixedPlan(sources, settings.data, settings.seed, shards)
+    else:
+        plan = Plan(sources, settings.data, settings.seed)
+    steps = settings.optimizer.max_steps or settings.optimizer.epochs * plan.steps_per_epoch
+    if steps > MAX_INT:
+        raise UserError(f"optimizer.epochs: {steps} steps are too many; there may be {MAX_INT}")
+    inputs = {"model.path": model_fingerprint(start.model)}
+    inputs |= {str(data_set.path): data_set.folder.name.rpartition("-")[2] for data_set in data_sets}
+    if settings.data.sampler == "mixed":
+        inputs[DEVICES] = str(shards)
+    read = {
+        "model.path": [start.model.folder.path],
+        **{f"data.{task}": [*getattr(settings.data, task), *files[task]] for task in TASKS},
+        "evaluation.ir": settings.evaluation.ir,
+        "evaluation.sts": settings.evaluation.sts,
+    }
+    folder.check(settings, inputs, read, steps)
+    return Run(start, data_sets, names, plan, steps, folder, inputs)
+
+
+def with_platform_defaults(settings: Settings) -> Settings:
+    """On a CPU the model computes in float32 unless the settings name a dtype: bfloat16 is slower there."""
+    if jax.default_backend() != "cpu" or "compute_dtype" in settings.model.model_fields_set:
+        return settings
+    model = settings.model.model_copy(update={"compute_dtype": "float32"})
+    return settings.model_copy(update={"model": model})
+
+
+def check_batches(settings: Settings, shards: int) -> None:
+    """
+    Raises:
+      UserError: devices would get different numbers of examples in a chunk or, with sampler: mixed, broken groups.
+    """
+    problems = []
+    for task in settings.tasks:
+        size, group = task.global_batch_size, task.group_size
+        if settings.data.sampler == "mixed" and group and size // shards % group:
+            problems.append(
+                f"{task.group_size_setting} {group} must divide what a device holds in a step of sampler: mixed, "
+                f"{task.batch_size_setting} {size} / {shards} devices; set it to null to compare all of that"
+            )
+        if size % (shards * settings.encode_chunks):
+            problems.append(
+                f"{task.batch_size_setting} {size} must be a multiple of {shards * settings.encode_chunks}: "
+                f"{shards} devices with different rows (mesh.data x mesh.fsdp) x encode_chunks "
+                f"{settings.encode_chunks}"
+            )
+    if problems:
+        raise UserError("batch sizes do not divide over the mesh:\n" + format_problems(problems))
+
+
+def check_negatives(settings: Settings, sources: Sequence[Source]) -> None:
+    """
+    Raises:
+      UserError: an objective needs negatives, and a data set has none.
+    """
+    for task in settings.tasks:
+        if OBJECTIVES[task.objective][task.name].needs_negatives:
+            without = [s.name for s in sources if s.task == task.name and not s.index.negatives.any()]
+            if without:
+                reason = (
+                    f"objective.{task.name}: {task.objective} compares positives with negatives, which are missing in"
+                )
+                raise UserError(f"{reason}:\n{format_problems(without)}")
+
+
+def model_fingerprint(model: PretrainedModel) -> str:
+    """What a run's steps depend on of the model's folder, without the values of its weights."""
+    content = model.blueprint.model_dump(mode="json", include={"config", "prefix", "dtypes", "files"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,264 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from codiemb_jax.text.records import Record, Triple, find_files, read_records
+from codiemb_jax.errors import UserError
+
+SLOWLY = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def ir_line(**changes: object) -> dict[str, object]:
+    line: dict[str, object] = {
+        "task_type": "ir",
+        "query": ["find", "", "q"],
+        "positives": [["", "", "p0"], ["", "", "p1"]],
+        "negatives": [["", "", "n0"]],
+        "positive_scores": [],
+        "negative_scores": [],
+    }
+    return line | changes
+
+
+def sts_line(**changes: object) -> dict[str, object]:
+    line: dict[str, object] = {
+        "task_type": "sts",
+        "query": ["embed", "", "a"],
+        "positives": [["embed", "", "b"]],
+        "negatives": [],
+        "positive_scores": [0.25],
+        "negative_scores": [],
+    }
+    return line | changes
+
+
+def write(folder: Path, *lines: object) -> Path:
+    """Strings and bytes as they are, everything else as JSON."""
+    path = folder / "data.jsonl"
+    encoded = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return path
+
+
+def problems(path: Path, task: str) -> list[str]:
+    """What read_records finds, each without `FILE:`."""
+    with pytest.raises(UserError) as caught:
+        list(read_records(path, task))
+    return [line.strip().removeprefix(f"{path}:") for line in str(caught.value).splitlines()[1:]]
+
+
+def test_an_ir_line(tmp_path):
+    assert list(read_records(write(tmp_path, ir_line()), "ir")) == [
+        Record(
+            1,
+            Triple("find", "", "q"),
+            (Triple("", "", "p0"), Triple("", "", "p1")),
+            (Triple("", "", "n0"),),
+            None,
+        )
+    ]
+
+
+def test_an_sts_line_keeps_the_pair_alone(tmp_path):
+    line = sts_line(
+        positives=[["embed", "", "b"], ["embed", "", "c"]],
+        positive_scores=[0.1 + 0.2, 1],
+        negatives=[["embed", "", "d"]],
+    )
+    assert list(read_records(write(tmp_path, line), "sts")) == [
+        Record(1, Triple("embed", "", "a"), (Triple("embed", "", "b"),), (), 0.1 + 0.2)
+    ]
+
+
+def test_parts_are_stripped_of_tabs_newlines_blanks_and_colons(tmp_path):
+    path = write(tmp_path, ir_line(query=["\t task: \n", ": when :\t", " \n:how: to\t: go:::"]))
+    assert next(read_records(path, "ir")).query == Triple("task", "when", "how: to\t: go")
+
+
+@SLOWLY
+@given(parts=st.lists(st.text(st.sampled_from("\t\n :ab\r\u3000é😀"), max_size=8), min_size=3, max_size=3))
+def test_stripping(tmp_path, parts):
+    line = ir_line(query=[*parts[:2], parts[2] + "x"])
+    query = next(read_records(write(tmp_path, line), "ir")).query
+    for before, after in zip([*parts[:2], parts[2] + "x"], query, strict=True):
+        start, stop = before.find(after), before.find(after) + len(after)
+        assert set(before[:start] + before[stop:]) <= set("\t\n :")
+        assert not after or not {after[0], after[-1]} & set("\t\n :")
+
+
+def test_optional_keys_may_be_missing_and_blank_lines_are_skipped(tmp_path):
+    line = {"task_type": "ir", "query": ["", "", "q"], "positives": [["", "", "p"]]}
+    path = write(tmp_path, "", line, "  \t", line)
+    assert [record.line for record in read_records(path, "ir")] == [2, 4]
+    assert next(read_records(path, "ir")).negatives == ()
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    line = json.dumps(ir_line(query=["", "", "a\u2028b\x85c"]), ensure_ascii=False)
+    assert next(read_records(write(tmp_path, line + "\r"), "ir")).query.text == "a\u2028b\x85c"
+
+
+PARTS = "a list of three strings [task instruction, instance instruction, text]"
+TRIPLE = f"expected {PARTS}"
+NO_TEXT = "the text is empty, expected a text (its third part)"
+FINITE = "expected a finite number, at most 1e15"
+EACH = "expected one for each, or none"
+MISPLACED = (
+    "task_type: '{0}' in a file of {1} data, expected '{1}'; "
+    "if the whole file is {0} data, move it from data.{1} to data.{0}"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"task_type": "\xff"}', "byte 16 is not valid UTF-8, expected UTF-8 text"),
+        ("[1, 2]", "a list of 2 is not an object, expected one JSON object a line"),
+        (
+            ir_line(score=[1]),
+            "score: unknown key, expected one of task_type, query, positives, negatives, "
+            "positive_scores, negative_scores",
+        ),
+        ({"task_type": "ir", "positives": [["", "", "p"]]}, "query: missing"),
+        ({"query": ["", "", "q"], "positives": [["", "", "p"]]}, "task_type: missing"),
+        ({"task_type": "ir", "query": ["", "", "q"]}, "positives: missing"),
+        (sts_line(), MISPLACED.format("sts", "ir")),
+        (ir_line(task_type="rerank"), "task_type: \"rerank\", expected 'ir'"),
+        (ir_line(task_type=None), "task_type: null, expected 'ir'"),
+        (ir_line(query="q"), f'query: "q", {TRIPLE}'),
+        (ir_line(query=["", "q"]), f"query: a list of 2, {TRIPLE}"),
+        (ir_line(positives=[["", "", 3]]), f"positives[0]: a list of 3, {TRIPLE}"),
+        (ir_line(positives={}), f"positives: an object, expected a list; each item {PARTS}"),
+        (ir_line(positives=None), f"positives: null, expected a list; each item {PARTS}"),
+        (ir_line(positives=[]), "positives: empty, expected at least one"),
+        (ir_line(query=["t", "instance", " :\n"]), f"query: {NO_TEXT}"),
+        (ir_line(negatives=[["", "", ""]]), f"negatives[0]: {NO_TEXT}"),
+        (
+            ir_line(query=["", "", "\ud800"]),
+            "query: half a surrogate pair (\\ud800 to \\udfff), expected valid Unicode",
+        ),
+        (ir_line(positive_scores=[1, True]), f"positive_scores[1]: true, {FINITE}"),
+        (ir_line(positive_scores=["1", 2]), f'positive_scores[0]: "1", {FINITE}'),
+        (ir_line(positive_scores=[1, math.nan]), f"positive_scores[1]: NaN, {FINITE}"),
+        (ir_line(negative_scores=[math.inf]), f"negative_scores[0]: Infinity, {FINITE}"),
+        (ir_line(negative_scores=[10**400]), f"negative_scores[0]: a huge number, {FINITE}"),
+        (ir_line(positive_scores=[1]), f"positive_scores: 1 scores for 2 positives, {EACH}"),
+        (ir_line(negative_scores=[1, 2]), f"negative_scores: 2 scores for 1 negatives, {EACH}"),
+        (
+            '{"task_type": "ir", "task_type": "ir", "query": ["", "", "q"], "positives": [["", "", "p"]]}',
+            "task_type: appears 2 times, expected each key once",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_ir_line(tmp_path, line, expected):
+    assert problems(write(tmp_path, line), "ir") == [f"1: {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (sts_line(positive_scores=[]), "positive_scores: empty, expected the score of the pair"),
+        (sts_line(negatives=[3]), f"negatives[0]: 3, {TRIPLE}"),
+        (ir_line(positive_scores=[1, 2]), MISPLACED.format("ir", "sts")),
+    ],
+)
+def test_what_is_wrong_with_an_sts_line(tmp_path, line, expected):
+    assert problems(write(tmp_path, line), "sts") == [f"1: {expected}"]
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"a": ' + "1" * 5000 + "}", "nonsense"])
+def test_invalid_json(tmp_path, line):
+    (problem,) = problems(write(tmp_path, ir_line(), line), "ir")
+    assert problem.startswith("2: invalid JSON (") and problem.endswith("expected one JSON object a line")
+
+
+def test_all_problems_of_a_line_are_told(tmp_path):
+    line = ir_line(query=["", ""], positives=[["", "", ""], 4], extra=1)
+    assert [problem.split(": ")[1] for problem in problems(write(tmp_path, line), "ir")] == [
+        "extra",
+        "query",
+        "positives[0]",
+        "positives[1]",
+    ]
+
+
+def test_twenty_problems_and_their_number(tmp_path):
+    found = problems(write(tmp_path, *["{}"] * 30), "ir")
+    assert found[0] == "1: task_type: missing"
+    assert len(found) == 21
+    assert found[-1].endswith("90 in all")
+
+
+def test_good_records_come_before_the_first_problem(tmp_path):
+    reader = read_records(write(tmp_path, ir_line(), "{", ir_line()), "ir")
+    assert next(reader).line == 1
+    with pytest.raises(UserError):
+        next(reader)
+
+
+def test_an_empty_file(tmp_path):
+    with pytest.raises(UserError, match=r"data\.jsonl: the file is empty"):
+        list(read_records(write(tmp_path, "", " "), "ir"))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("\udc00"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(list(ir_line()))
+
+
+@SLOWLY
+@given(
+    line=st.binary(max_size=30)
+    | JSON_VALUES.map(lambda value: json.dumps(value).encode())
+    | st.dictionaries(FIELDS, JSON_VALUES, min_size=1).map(lambda changes: json.dumps(ir_line(**changes)).encode()),
+    task=st.sampled_from(["ir", "sts"]),
+)
+def test_no_line_gives_anything_but_records_or_a_user_error(tmp_path, line, task):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(line)
+    try:
+        for record in read_records(path, task):
+            "".join(part for triple in (record.query, *record.positives) for part in triple).encode()
+            assert record.query.text and all(triple.text for triple in record.positives)
+    except UserError as error:
+        str(error).encode()
+
+
+def test_files_are_found_at_any_depth_and_sorted(tmp_path):
+    for name in ("b/z.jsonl", "b/deep/er/a.json", "a.jsonl", "b/readme.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = find_files([tmp_path / "b", tmp_path / "a.jsonl"], "data.ir")
+    assert found == [tmp_path / "a.jsonl", tmp_path / "b/deep/er/a.json", tmp_path / "b/z.jsonl"]
+
+
+def test_paths_that_cannot_be_used_are_all_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.json").write_text("{}")
+    (tmp_path / "a.csv").write_text("")
+    names = ["empty", "missing.jsonl", "a.csv", "folder", "folder/../folder/a.json"]
+    with pytest.raises(UserError) as caught:
+        find_files([tmp_path / name for name in names], "data.sts")
+    assert str(caught.value).splitlines() == [
+        "data.sts:",
+        f"  {tmp_path}/empty: the folder holds no .json or .jsonl file",
+        f"  {tmp_path}/missing.jsonl: no such file or folder",
+        f"  {tmp_path}/a.csv: expected a .json or .jsonl file, one JSON object a line, or a folder",
+        f"  {tmp_path}/folder/a.json: listed 2 times; list each file once",
+    ]
