@@ -1,3 +1,25 @@
 """CoDiEmb in JAX: fine-tunes one text encoder for retrieval and semantic similarity at once."""
 
+from typing import TYPE_CHECKING, Any
+
+from codiemb_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from codiemb_jax.config_file import load_settings
+    from codiemb_jax.embedder import Embedder
+
 __version__ = "0.1.0"
+__all__ = ["Embedder", "UserError", "__version__", "load_settings"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: a program's help and an interrupt in its first moment should not wait for JAX.
+    if name == "Embedder":
+        from codiemb_jax.embedder import Embedder
+
+        return Embedder
+    if name == "load_settings":
+        from codiemb_jax.config_file import load_settings
+
+        return load_settings
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

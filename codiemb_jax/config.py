@@ -3,33 +3,35 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from codiemb_jax.batch import Task
+from codiemb_jax.errors import shorten
 
 MAX_INT = 2**31 - 1
 """Steps, sizes and token ids are int32."""
 
 
-def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("must be valid Unicode, without lone surrogates") from error
+def _text(value: Any) -> Any:
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("must not hold a NUL character")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("must be valid Unicode, without lone surrogates") from error
     return value
 
 
-def _path(value: Any) -> Any:
+def _path(value: Any) -> Path:
     if isinstance(value, Path):
         return value
     if not isinstance(value, str) or not value:
         raise ValueError("a path must be a text that is not empty")
-    if "\0" in _text(value):
-        raise ValueError("a path must not hold a NUL character")
     try:
-        return Path(value).expanduser()
+        return Path(_text(value)).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"there is no home directory for {value.split('/')[0]}") from error
+        raise ValueError(f"there is no home directory for {shorten(value.split('/')[0])}") from error
 
 
 def _paths(value: Any) -> Any:
@@ -46,7 +48,7 @@ Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
 OnePath = Annotated[Path, BeforeValidator(_path)]
 Paths = Annotated[list[OnePath], BeforeValidator(_paths)]
-PromptText = Annotated[str, Field(max_length=10_000), AfterValidator(_text)]
+PromptText = Annotated[str, Field(strict=True, max_length=10_000), BeforeValidator(_text)]
 """The limit is generous for a prompt and spares the tokenizer one of megabytes, which it would see with every text."""
 
 
@@ -55,7 +57,7 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    path: Annotated[str, AfterValidator(lambda path: str(_path(path)))]
+    path: Annotated[str, BeforeValidator(lambda path: str(_path(path)))]
     """Folder in Hugging Face format, an Orbax checkpoint of this project, or a hub id."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token sees its whole text or only what stands before it."""
@@ -236,7 +238,7 @@ class Settings(Section):
     """All settings of a run."""
 
     output_dir: OnePath
-    """Folder for all of a run's output; must not exist, be empty, or hold this very run."""
+    """Folder for all of a run's output; must be absent or empty, or hold this very run."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 49
     """Seed of the data order, of every choice, of dropout and of a new projection."""
     model: ModelSettings

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
@@ -12,16 +13,28 @@ from pydantic import BaseModel, ValidationError
 from codiemb_jax.config import Settings
 from codiemb_jax.errors import UserError, format_problems, shorten
 
+MERGE = "tag:yaml.org,2002:merge"
+"""Tag of the key `<<`."""
 MAX_NODES = 10_000
 """Values that a file may hold once its anchors are expanded: far more than there are settings."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as in YAML 1.2 and JSON."""
+    """YAML in which 1e-5 is a number, as in YAML 1.2 and JSON; a SafeLoader makes plain values only."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # `!!bool maybe`, or a number of 5000 digits
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{shorten(repr(node.value))} cannot be read as {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -37,14 +50,7 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
     if problems:
         raise UserError("invalid settings:\n" + format_problems(problems))
     for name, texts in given.items():
-        *sections, key = name.split(".")
-        target = values
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):  # an error of the file's own, reported below
-                break
-        else:
-            target[key] = _flag_value(name, texts)
+        _set(values, name.split("."), _flag_value(name, texts))
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -52,9 +58,19 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
         raise UserError("invalid settings:\n" + format_problems(problems)) from error
 
 
+def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Sets a value in nested dicts, which are copied on the way: anchors let a file use one in several places."""
+    key, *rest = keys
+    if not rest:
+        values[key] = value
+    elif isinstance(section := values.get(key, {}), dict):  # else an error of the file's own, reported later
+        values[key] = dict(section)
+        _set(values[key], rest, value)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(shorten(message, 300))
 
 
 def flags_parser() -> argparse.ArgumentParser:
@@ -103,66 +119,88 @@ def _repeated(name: str, texts: list[str]) -> bool:
 def _flag_value(name: str, texts: list[str]) -> Any:
     """What one setting's flags say: a text as it is, all else as YAML; of a list, items between commas."""
     types, text = TYPES[name], texts[0]
-    if list in types and not text.startswith("["):
-        return None if texts == ["null"] else [part for text in texts for part in text.split(",")]
-    if text == "null" and (type(None) in types or list in types):
+    if list in types:
+        return None if texts == ["null"] else [item for text in texts for item in _items(text)]
+    if text == "null" and type(None) in types:
         return None
-    if str in types or (Path in types and list not in types):
+    if str in types or Path in types:
         return text
-    if tuple in types and not text.startswith("["):
-        text = f"[{text}]"
+    return _value(f"[{text}]" if tuple in types and not text.startswith("[") else text)
+
+
+def _items(text: str) -> list[Any]:
+    found = _value(text) if text.startswith("[") else None
+    return found if isinstance(found, list) else text.split(",")
+
+
+def _value(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
 def _read(path: Path) -> tuple[dict[str, Any], yaml.Node]:
     """The file's values, and where each is."""
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        problems = [f"{path}:{line}: {problem}" for line, problem in _malformed(node)]
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader.name = str(path)
+        root = loader.get_single_node()
+        problems = [f"{path}:{line}: {problem}" for line, problem in sorted(_malformed(root))] if root else []
         if problems:
             raise UserError("invalid settings:\n" + format_problems(problems))
-        values = yaml.load(text, Loader=_Loader)
+        values = loader.construct_document(root) if root else None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict) or node is None:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        message = "\n".join(shorten(line, 200) for line in str(error).splitlines())
+        raise UserError(f"{path}: not valid YAML: {message}") from error
+    if not isinstance(values, dict) or root is None:
         raise UserError(f"{path}: expected settings (`output_dir: …`), found {type(values).__name__}")
-    return values, node
+    return values, root
 
 
-def _malformed(root: yaml.Node | None) -> Iterator[tuple[int, str]]:
+def _malformed(root: yaml.Node) -> Iterator[tuple[int, str]]:
     """Line and problem of what YAML allows and settings do not: duplicate keys, of which it would take the last, keys
-    that are no text, and anchors that contain themselves or expand without end."""
+    that cannot be names, and anchors that contain themselves or expand without end.
+
+    Keys that YAML takes for numbers and the like become text on the way.
+    """
     count = 0
-    waiting: list[tuple[yaml.Node, tuple[int, ...]]] = [(root, ())] if root else []
+    waiting: deque[tuple[str, yaml.Node, tuple[int, ...]]] = deque([("", root, ())])
     while waiting:
-        node, above = waiting.pop(0)
+        name, node, above = waiting.popleft()
         line = node.start_mark.line + 1
         count += 1
         if id(node) in above:
-            yield line, "the anchor contains itself"
+            yield line, f"{_name(name)}: the anchor contains itself"
             continue
         if count > MAX_NODES:
-            yield line, f"more than {MAX_NODES} values once anchors are expanded"
+            yield line, f"{_name(name)}: more than {MAX_NODES} values once anchors are expanded"
             return
         inner = (*above, id(node))
+        prefix = f"{name}." if name else ""
         if isinstance(node, yaml.SequenceNode):
-            waiting += [(item, inner) for item in node.value]
+            waiting += [(f"{prefix}{number}", item, inner) for number, item in enumerate(node.value)]
         elif isinstance(node, yaml.MappingNode):
             seen = set()
-            for key, value in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    yield key.start_mark.line + 1, "a key must be the name of a setting"
-                elif key.value in seen:
-                    yield key.start_mark.line + 1, f"{key.value}: duplicate key"
-                else:
-                    seen.add(key.value)
-                waiting.append((value, inner))
+            for place, (key, value) in enumerate(node.value):
+                line = key.start_mark.line + 1
+                if not (isinstance(key, yaml.ScalarNode) and key.value and key.value.isprintable()):
+                    where = f"{_name(name)}: " if name else ""
+                    yield line, f"{where}a key must be the name of a setting"
+                    continue
+                if key.value in seen:
+                    yield line, f"{_name(prefix + key.value)}: duplicate key"
+                seen.add(key.value)
+                if key.tag != MERGE:
+                    text = yaml.ScalarNode("tag:yaml.org,2002:str", key.value, key.start_mark, key.end_mark)
+                    node.value[place] = (text, value)
+                waiting.append((prefix + key.value, value, inner))
+
+
+def _name(name: str) -> str:
+    return shorten(name, 100)
 
 
 def _problem(problem: Any, node: yaml.Node, path: Path, flags: set[str]) -> str:
@@ -172,12 +210,19 @@ def _problem(problem: Any, node: yaml.Node, path: Path, flags: set[str]) -> str:
     is_flag = any(field == flag or field.startswith(flag + ".") for flag in flags)
     place = "--" if is_flag else f"{path}:{line}: " if line else ""
     if problem["type"] == "extra_forbidden":
-        return f"{place}{field}: unknown setting"
+        return f"{place}{_name(field)}: unknown setting"
     if problem["type"] == "missing":
-        return f"{path}: {field}: is missing"
+        return f"{place or f'{path}: '}{field}: is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict | BaseModel) else f", found {shorten(repr(problem['input']))}"
+    given = "" if isinstance(problem["input"], dict | BaseModel) else f", found {_found(problem['input'])}"
     return f"{place}{field + ': ' if field else ''}{message}{given}"
+
+
+def _found(value: Any) -> str:
+    try:
+        return shorten(repr(value))
+    except ValueError:  # Python writes no integers of thousands of digits
+        return "a huge number"
 
 
 def _line(node: yaml.Node, location: Sequence[Any]) -> int | None:
@@ -188,7 +233,7 @@ def _line(node: yaml.Node, location: Sequence[Any]) -> int | None:
             found = [(key, value) for key, value in node.value if key.value == str(part)]
             if not found:
                 return None
-            key, node = found[0]
+            key, node = found[-1]  # what a merge key (`<<`) brings stands before the mapping's own
             line = key.start_mark.line + 1
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]

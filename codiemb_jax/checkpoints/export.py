@@ -3,13 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from codiemb_jax import __version__
 from codiemb_jax.checkpoints.blueprint import Blueprint, write_files
 from codiemb_jax.checkpoints.families import family_of
 from codiemb_jax.checkpoints.families.family import Family
@@ -197,6 +197,7 @@ def _card(blueprint: Blueprint, family: Family, prompts: dict[str, str], dim: in
     needs = "Needs transformers 5.2 or newer: older ones ignore `is_causal` in config.json.\n"
     length = "unit " if blueprint.encoding["normalize"] else ""
     rows = "\n".join(f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in prompts.items())
+    made_by = f"[CoDiEmb](https://arxiv.org/abs/2508.11442) by codiemb_jax {version('codiemb-jax')}"
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -205,7 +206,7 @@ tags: [sentence-transformers, feature-extraction, sentence-similarity, codiemb]
 
 # Text embedding model
 
-Fine-tuned with [CoDiEmb](https://arxiv.org/abs/2508.11442) by codiemb_jax {__version__}. It maps a text of up to
+Fine-tuned with {made_by}. It maps a text of up to
 {blueprint.max_tokens} tokens to a {length}vector of {dim} dimensions; compare vectors by their cosine.
 Attention is {blueprint.encoding["attention"]}; a vector is {DESCRIPTIONS[blueprint.encoding["pooling"]]}.
 It was trained on texts without tabs, newlines, blanks and colons at their ends: strip yours (`text.strip("\\t\\n :")`).

@@ -304,7 +304,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax raises plain Exception where a file cannot be read
-        reason = " ".join(str(error)[:200].split())
+        reason = " ".join(str(error).partition("See full TensorStore details")[0][:200].split())
         raise UserError(f"{folder}: the checkpoint cannot be read ({reason})") from error
 
 

@@ -57,7 +57,9 @@ def prepare(
     limits = [query_max_tokens, passage_max_tokens]
     depends_on = json.dumps([FORMAT_VERSION, task, limits, tokenizer.fingerprint, _digest(path)])
     fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
-    folder = cache / f"{path.stem}-{fingerprint[:16]}"
+    # File systems allow names of 255 bytes, and the working folder's name is longer than this one.
+    stem = path.stem.encode()[:100].decode(errors="ignore")
+    folder = cache / f"{stem}-{fingerprint[:16]}"
     if not (folder / INDEX).exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.errors import UserError
@@ -33,7 +36,9 @@ class MetricsLog:
         self._names = names
         self._last = time.perf_counter()
         self._file = path.open("a", buffering=1, encoding="utf-8")  # a line at a time
-        self._board = SummaryWriter(str(tensorboard), purge_step=done)
+        self._board = EventFileWriter(str(tensorboard))
+        # TensorBoard forgets what a killed run wrote beyond its checkpoint.
+        self._write_event(done, session_log=SessionLog(status=SessionLog.START))
         self._console = Console(stderr=True)
         self._printed = self._last
         self._progress = Progress(
@@ -87,10 +92,10 @@ class MetricsLog:
             "seconds": seconds,
         }
         self._file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            tag = name if name == "learning_rate" else f"{plan.task}/{name}"
-            self._board.add_scalar(tag, value, plan.number)
-        self._board.add_scalar("tokens_per_second", plan.tokens / seconds, plan.number)
+        scalars = {name if name == "learning_rate" else f"{plan.task}/{name}": value for name, value in values.items()}
+        scalars["tokens_per_second"] = plan.tokens / seconds
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+        self._write_event(plan.number, summary=summary)
         shown = f"{plan.task:>3} loss {values['loss']:.4f}  {plan.tokens / seconds:,.0f} tokens/s"
         self._progress.update(self._task, completed=plan.number + 1, shown=shown)
         if not self._console.is_terminal and now - self._printed > SECONDS_BETWEEN_LINES:
@@ -99,6 +104,9 @@ class MetricsLog:
             task = self._progress.tasks[self._task]
             left = timedelta(seconds=round(task.time_remaining or 0))
             self._console.print(f"step {plan.number + 1} of {task.total}  {shown}  left {left}", soft_wrap=True)
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._board.add_event(Event(step=step, wall_time=time.time(), **content))
 
     def flush(self) -> None:
         """Returns once all lines are on disk."""

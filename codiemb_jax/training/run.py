@@ -79,6 +79,13 @@ def open_run(start: TrainingModel) -> Run:
     settings = start.settings
     folder = RunFolder(settings.output_dir)
     files = {task: find_files(getattr(settings.data, task), f"data.{task}") for task in TASKS}
+    read = {
+        "model.path": [start.model.folder.path],
+        **{f"data.{task}": [*getattr(settings.data, task), *files[task]] for task in TASKS},
+        "evaluation.ir": settings.evaluation.ir,
+        "evaluation.sts": settings.evaluation.sts,
+    }
+    folder.check_place(read)
     limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
     data_sets = [
         prepare(path, task, start.tokenizer, cache=cache_folder(), **limits) for task in TASKS for path in files[task]
@@ -98,13 +105,7 @@ def open_run(start: TrainingModel) -> Run:
     inputs |= {str(data_set.path): data_set.folder.name.rpartition("-")[2] for data_set in data_sets}
     if settings.data.sampler == "mixed":
         inputs[DEVICES] = str(shards)
-    read = {
-        "model.path": [start.model.folder.path],
-        **{f"data.{task}": [*getattr(settings.data, task), *files[task]] for task in TASKS},
-        "evaluation.ir": settings.evaluation.ir,
-        "evaluation.sts": settings.evaluation.sts,
-    }
-    folder.check(settings, inputs, read, steps)
+    folder.check_run(settings, inputs)
     return Run(start, data_sets, names, plan, steps, folder, inputs)
 
 

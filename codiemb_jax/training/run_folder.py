@@ -3,13 +3,12 @@
 A run writes only into an empty folder or its own, and replaces no file but its own.
 """
 
-import filecmp
-import json
+import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import yaml
 
 from codiemb_jax.checkpoints.orbax import steps_of
 from codiemb_jax.config import Settings
-from codiemb_jax.errors import UserError, format_problems
-from codiemb_jax.files import read_json, write_atomically
+from codiemb_jax.errors import UserError, format_problems, shorten
+from codiemb_jax.files import read_json, write_atomically, write_json
 
 FREE_TO_CHANGE = (
     "output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat",
@@ -72,39 +71,44 @@ class RunFolder:
         """Steps done at the newest checkpoint; 0 if there is none."""
         return max(steps_of(self.checkpoints), default=0)
 
-    def check(
-        self, settings: Settings, inputs: Mapping[str, str], read: Mapping[str, Sequence[Path]], steps: int
-    ) -> None:
-        """Checks that the run may write here; nothing is written.
-
-        inputs: what the run's steps depend on beside its settings, by fingerprint; read: the paths that it reads, by
-        setting; steps: how many it has.
+    def check_place(self, read: Mapping[str, Sequence[Path]]) -> None:
+        """Checks that a run may write here; nothing is written.  read: the paths that it reads, by setting.
 
         Raises:
-          UserError: other files are here, or the run that is here is another, or this run reads what is in here.
+          UserError: the folder cannot be created or written, holds other files, or the run reads what is in it.
         """
         self._check_place()
         self._check_reads(read)
         self._check_owner()
+
+    def check_run(self, settings: Settings, inputs: Mapping[str, str]) -> None:
+        """Checks that this run is the one that is here, if any is.
+
+        inputs: what the run's steps depend on beside its settings, by fingerprint.
+
+        Raises:
+          UserError: it is another, or its files are damaged.
+        """
         if self.done():
             self._check_same_run(settings, inputs)
             self._read_before()
-        if os.path.lexists(self.export) and self.done() < steps and settings.export:
-            raise UserError(
-                f"{self.export}: exists, but this run has not written it; move it away, or give another output_dir"
-            )
+        if settings.export:
+            self._check_export()
 
     def _check_place(self) -> None:
         try:
-            if self.path.exists() and not self.path.is_dir():
-                raise UserError(f"output_dir: {self.path} is a file")
-            self.path.stat()
-        except FileNotFoundError:
-            return
+            there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+            if not there.is_dir():
+                raise UserError(f"output_dir: {there} is a file")
+            # A name that is too long is noticed only in a folder that exists; a path that is too long, anywhere.
+            for name in (*self.path.relative_to(there).parts, str(self.checkpoints.absolute() / ("x" * 100))):
+                _look_up(there / name)
         except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be created: {error.strerror}") from error
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise UserError(f"output_dir: {self.path} cannot be written")
+            raise UserError(
+                f"output_dir: {shorten(str(self.path), 200)} cannot be created: {error.strerror}"
+            ) from error
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {there} cannot be written")
 
     def _check_reads(self, read: Mapping[str, Sequence[Path]]) -> None:
         own = self.path.resolve()
@@ -179,8 +183,7 @@ class RunFolder:
         """Creates the folder and writes down what run it belongs to."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            marked = {MARK: VERSION, "inputs": dict(inputs)}
-            write_atomically(self.inputs, json.dumps(marked, indent=2) + "\n")
+            write_json(self.inputs, {MARK: VERSION, "inputs": dict(inputs), "exports": self._exports()})
             resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             write_atomically(self.config, resolved)
         except OSError as error:
@@ -188,7 +191,7 @@ class RunFolder:
 
     def write_before(self, metrics: HeldOutMetrics) -> None:
         """Keeps the metrics of the model as it came."""
-        write_atomically(self.evaluation, json.dumps({"before": metrics}, indent=2) + "\n")
+        write_json(self.evaluation, {"before": metrics})
 
     def _read_before(self) -> HeldOutMetrics:
         if not self.evaluation.exists():
@@ -203,44 +206,58 @@ class RunFolder:
     def write_after(self, metrics: HeldOutMetrics) -> HeldOutMetrics:
         """Keeps the metrics of the trained model; returns those from before."""
         before = self._read_before()
-        write_atomically(self.evaluation, json.dumps({"before": before, "after": metrics}, indent=2) + "\n")
+        write_json(self.evaluation, {"before": before, "after": metrics})
         return before
 
-    def write_export(self, write: Any) -> None:
-        """Calls `write` with the path of a new folder, which becomes `export` when it returns.
-
-        An export that is there already is the one of this run if it holds the same, and is left as it is.
+    def write_export(self, write: Callable[[Path], None]) -> None:
+        """Calls `write` with the path of a folder to make, which becomes `export` when it returns.
 
         Raises:
-          UserError: it holds something else.
+          UserError: a folder is there that this run has not written, or that has been changed since.
         """
-        shutil.rmtree(self.path / ".export.unfinished", ignore_errors=True)  # that of a killed run
-        if not os.path.lexists(self.export):
-            write(self.export)
-            return
-        with _scratch(self.path / ".export-again") as again:
-            write(again)
-            if not _same_files(again, self.export):
-                raise UserError(
-                    f"{self.export}: differs from what this run writes; move it away and start the same command again"
-                )
+        scratch = self.path / ".export.unfinished"  # a name that is ours alone, in a folder that is ours
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            write(scratch / self.export.name)
+            # Written down before it is there, so that a run killed in between knows its own.
+            self._write_exports([*self._exports(), folder_digest(scratch / self.export.name)][-2:])
+            self._check_export()
+            shutil.rmtree(self.export, ignore_errors=True)
+            (scratch / self.export.name).rename(self.export)
+        except OSError as error:
+            raise UserError(f"{self.export}: cannot be written: {error.strerror}") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _check_export(self) -> None:
+        if os.path.lexists(self.export) and folder_digest(self.export) not in self._exports():
+            raise UserError(
+                f"{self.export}: exists, and this run has not written it, or it has been changed since; move it away"
+            )
+
+    def _exports(self) -> list[str]:
+        """Digests of the exports that this run has written."""
+        return read_json(self.inputs, dict).get("exports", []) if self.inputs.exists() else []
+
+    def _write_exports(self, digests: list[str]) -> None:
+        write_json(self.inputs, read_json(self.inputs, dict) | {"exports": digests})
 
 
-@contextmanager
-def _scratch(path: Path) -> Any:
-    """A path that holds nothing before and after."""
-    shutil.rmtree(path, ignore_errors=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+def _look_up(path: Path) -> None:
+    """OSError if the file system could hold no such path."""
+    with suppress(FileNotFoundError):
+        path.lstat()
 
 
-def _same_files(one: Path, other: Path) -> bool:
-    names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (one, other)]
-    return names[0] == names[1] and all(
-        filecmp.cmp(one / name, other / name, shallow=False) for name in names[0] if (one / name).is_file()
-    )
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of all that is in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        digest.update(f"{path.relative_to(folder)}\0{path.is_symlink()}\0{path.is_dir()}\0".encode(errors="replace"))
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _is_number(value: Any) -> bool:
