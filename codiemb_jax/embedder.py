@@ -206,7 +206,12 @@ class Embedder:
                 batch = np.asarray(self._embed(self._params, jax.tree.map(place, rows)))
             for i, vector in zip(chosen, batch, strict=False):
                 vectors[i] = vector
-        return np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
+        return np.stack(vectors) if vectors else np.empty((0, self.get_embedding_dimension()), np.float32)
+
+    def get_embedding_dimension(self) -> int:
+        """Number of dimensions of a vector."""
+        table = self._params["projection"]["kernel"] if "projection" in self._params else self._params["embedding"]
+        return table.shape[-1]
 
     @staticmethod
     def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:

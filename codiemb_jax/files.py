@@ -33,7 +33,18 @@ def read_json(path: Path, kind: type[dict] | type[list]) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, kind):
         raise UserError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+    if not is_unicode(content):
+        raise UserError(f"{path}: holds half a surrogate pair (\\ud800 to \\udfff)")
     return content
+
+
+def is_unicode(content: Any) -> bool:
+    """Whether all texts in a JSON value can be written as UTF-8, which lone surrogates cannot."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from codiemb_jax.checkpoints.safetensors import NUMPY_TYPES
 from codiemb_jax.config import ModelSettings, Positive, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
-from codiemb_jax.files import is_bare_name
+from codiemb_jax.files import is_bare_name, is_unicode
 from codiemb_jax.text.sentence import SentencePrompts
 
 VERSION: Literal[2] = 2
@@ -103,6 +103,8 @@ class Blueprint(BaseModel):
         """
         if not isinstance(fields, Mapping) or fields.get("version") != VERSION:
             raise UserError("was written by another version of codiemb_jax; convert the model again")
+        if not is_unicode(fields):
+            raise UserError("the blueprint holds half a surrogate pair (\\ud800 to \\udfff)")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

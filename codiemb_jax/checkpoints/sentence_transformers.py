@@ -66,7 +66,7 @@ def read_modules(folder: Path) -> Modules | None:
         name = name.rstrip("/")
         if name and not is_bare_name(name):
             raise UserError(f"{path}: {shorten(repr(name))} is not the name of a folder in this folder")
-        paths[KINDS.get(kind, kind)] = name
+        paths[KINDS.get(kind, shorten(repr(kind)))] = name
     if list(paths) not in ORDERS or len(paths) != len(modules):
         raise UserError(
             f"{path}: {' -> '.join(paths)} is not supported; supported are "
@@ -96,10 +96,10 @@ def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, i
     )
     try:
         prompts = SentencePrompts(
-            prompts=described.get("prompts") or {},
+            prompts={} if (prompts := described.get("prompts")) is None else prompts,
             default_prompt_name=described.get("default_prompt_name"),
             include_prompt=include_prompt,
-            do_lower_case=limits.get("do_lower_case") or False,
+            do_lower_case=limits.get("do_lower_case", False),
         )
     except ValidationError as error:
         problem = error.errors()[0]

@@ -1,7 +1,39 @@
 """Attention within segments."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention in which a token sees the tokens of its own segment only."""
+
+    causal: bool
+    """Whether it sees only those before it, itself included."""
+    dropout_rate: float = 0.0
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """See `attend`."""
+        return attend(
+            query,
+            key,
+            value,
+            segment_ids,
+            positions,
+            causal=self.causal,
+            dropout_rate=self.dropout_rate,
+            dropout_keys=dropout_keys,
+        )
 
 
 def attend(
@@ -12,10 +44,10 @@ def attend(
     positions: jax.Array,
     *,
     causal: bool,
-    dropout_rate: float = 0.0,
-    dropout_keys: jax.Array | None = None,
+    dropout_rate: float,
+    dropout_keys: jax.Array | None,
 ) -> jax.Array:
-    """Softmax attention; a token sees the tokens of its own segment only.
+    """Computes `Attention` with XLA.
 
     query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, tokens, head_dim], where kv_heads divides heads
     (grouped queries); segment_ids, positions: int [rows, tokens]; dropout_keys: one random key per token

@@ -14,7 +14,7 @@ from flax import nnx
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
-from codiemb_jax.models.attention import attend
+from codiemb_jax.models.attention import Attention
 from codiemb_jax.models.layers import TextModel, normal, ones, run_layers
 from codiemb_jax.models.rope import Rope, rotate, rotation
 from codiemb_jax.sharding import constrain_rows
@@ -61,8 +61,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 class DecoderLayers(nnx.Module):
     """All layers' weights; called inside the scan, where each weight has lost its leading axis."""
 
-    def __init__(self, config: DecoderConfig, causal: bool, rngs: nnx.Rngs):
-        self.config, self.causal = config, causal
+    def __init__(self, config: DecoderConfig, attention: Attention, rngs: nnx.Rngs):
+        self.config, self.attention = config, attention
         layers, embed, mlp, std = config.layers, config.hidden_size, config.mlp_size, config.initializer_range
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attention_norm = ones(layers=layers, embed=embed)
@@ -93,16 +93,7 @@ class DecoderLayers(nnx.Module):
         h = rms_norm(x, self.attention_norm[...], eps)
         query, key, value = self._query_key_value(h)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        attended = attend(
-            query,
-            key,
-            value,
-            segment_ids,
-            positions,
-            causal=self.causal,
-            dropout_rate=self.config.attention_dropout,
-            dropout_keys=dropout_keys,
-        )
+        attended = self.attention(query, key, value, segment_ids, positions, dropout_keys)
         attended = attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         x = x + scale * (attended @ self.o[...].astype(x.dtype))
         h = rms_norm(x, self.mlp_norm[...], eps)
@@ -132,7 +123,8 @@ class Decoder(TextModel):
         super().__init__(config.hidden_size, config.layers, settings, rngs)
         self.config = config
         self.embedding = normal(rngs, config.initializer_range, vocab=config.vocab_size, embed=config.hidden_size)
-        self.layers = DecoderLayers(config, settings.attention == "causal", rngs)
+        attention = Attention(settings.attention == "causal", config.attention_dropout)
+        self.layers = DecoderLayers(config, attention, rngs)
         self.norm = ones(embed=config.hidden_size)
 
     def __call__(

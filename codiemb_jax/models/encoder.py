@@ -14,7 +14,7 @@ from flax import nnx
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
-from codiemb_jax.models.attention import attend
+from codiemb_jax.models.attention import Attention
 from codiemb_jax.models.layers import TextModel, dropout, fold, normal, ones, run_layers, zeros
 from codiemb_jax.sharding import constrain_rows
 
@@ -74,8 +74,8 @@ def _linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
 class EncoderLayers(nnx.Module):
     """All layers' weights; called inside the scan, where each weight has lost its leading axis."""
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: EncoderConfig, attention: Attention, rngs: nnx.Rngs):
+        self.config, self.attention = config, attention
         layers, embed, mlp, std = config.layers, config.hidden_size, config.mlp_size, config.initializer_range
         self.q = normal(rngs, std, layers=layers, embed=embed, heads=embed)
         self.k = normal(rngs, std, layers=layers, embed=embed, heads=embed)
@@ -113,16 +113,7 @@ class EncoderLayers(nnx.Module):
             return _linear(x, weight, bias).reshape(rows, tokens, self.config.heads, -1).transpose(0, 2, 1, 3)
 
         query, key, value = heads(self.q, self.q_bias), heads(self.k, self.k_bias), heads(self.v, self.v_bias)
-        attended = attend(
-            query,
-            key,
-            value,
-            segment_ids,
-            positions,
-            causal=False,
-            dropout_rate=self.config.attention_dropout,
-            dropout_keys=dropout_keys,
-        )
+        attended = self.attention(query, key, value, segment_ids, positions, dropout_keys)
         return _linear(attended.transpose(0, 2, 1, 3).reshape(rows, tokens, -1), self.o, self.o_bias)
 
 
@@ -153,7 +144,7 @@ class Encoder(TextModel):
         self.positions = normal(rngs, std, positions=config.position_rows, embed=embed)
         self.token_types = normal(rngs, std, token_types=config.token_types, embed=embed)
         self.norm, self.norm_bias = ones(embed=embed), zeros(embed=embed)
-        self.layers = EncoderLayers(config, rngs)
+        self.layers = EncoderLayers(config, Attention(False, config.attention_dropout), rngs)
 
     def __call__(
         self,
