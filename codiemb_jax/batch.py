@@ -1,11 +1,12 @@
 """What a batch is: rows of tokens, and where each text lies.  Data, models and training share nothing else."""
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-import jax
-import numpy as np
+if TYPE_CHECKING:  # settings import this module, and a program's help should not wait for JAX
+    import jax
+    import numpy as np
 
-Array: TypeAlias = jax.Array | np.ndarray
+Array: TypeAlias = "jax.Array | np.ndarray"
 
 Task: TypeAlias = Literal["ir", "sts"]
 TASKS: tuple[Task, ...] = ("ir", "sts")

@@ -1,7 +1,11 @@
 """Errors caused by invalid user input."""
 
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -25,6 +29,27 @@ def shorten(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+STOPPED = "\nstopped; start the same command again to continue"
+
+
+@contextmanager
+def loading_modules() -> Iterator[None]:
+    """While a program's modules load, an interrupt ends it at once: raised inside a module's C code, it may crash."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers, and are not interrupted
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Runs a program's `main`; a `UserError` ends it with one message on stderr and exit code 2."""
     try:
@@ -33,5 +58,5 @@ def run_program(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; start the same command again to continue", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)

@@ -7,12 +7,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from codiemb_jax.errors import UserError, run_program
+from codiemb_jax.errors import UserError, loading_modules, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    # Loaded here: it takes seconds, in which an interrupt must end the program without a traceback.
-    from codiemb_jax.config_file import flags_parser, load_settings
+    with loading_modules():
+        from codiemb_jax.config_file import flags_parser, load_settings
 
     parser = argparse.ArgumentParser("python -m codiemb_jax.train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings, YAML")
@@ -26,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--config FILE is missing: give the settings, for example configs/quickstart.yaml")
     settings = load_settings(options.config, flags)
 
-    from codiemb_jax.embedder import Embedder
-    from codiemb_jax.evaluation.held_out import evaluate, read_held_out
-    from codiemb_jax.training.loop import train
-    from codiemb_jax.training.run import open_run, open_training_model
+    with loading_modules():
+        from codiemb_jax.embedder import Embedder
+        from codiemb_jax.evaluation.held_out import evaluate, read_held_out
+        from codiemb_jax.training.loop import train
+        from codiemb_jax.training.run import open_run, open_training_model
 
     start = open_training_model(settings)
     held_out = read_held_out(settings.evaluation, start.tokenizer, start.max_tokens)

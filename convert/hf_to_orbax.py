@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from codiemb_jax.errors import UserError, run_program
+from codiemb_jax.errors import UserError, loading_modules, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,15 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoint to write")
     options = parser.parse_args(arguments)
 
-    import jax
+    with loading_modules():
+        import jax
 
-    from codiemb_jax.checkpoints.export import sentence_prompts
-    from codiemb_jax.checkpoints.model import locate, open_as_stored, open_folder
-    from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
-    from codiemb_jax.config import MeshSettings, PromptSettings
-    from codiemb_jax.files import check_new
-    from codiemb_jax.sharding import make_mesh
-    from codiemb_jax.text.prompts import PromptTokenizer
+        from codiemb_jax.checkpoints.export import sentence_prompts
+        from codiemb_jax.checkpoints.model import locate, open_as_stored, open_folder
+        from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
+        from codiemb_jax.config import MeshSettings, PromptSettings
+        from codiemb_jax.files import check_new
+        from codiemb_jax.sharding import make_mesh
+        from codiemb_jax.text.prompts import PromptTokenizer
 
     path = locate(options.model)
     check_new(options.output, "--output", path)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from codiemb_jax.errors import UserError, run_program
+from codiemb_jax.errors import UserError, loading_modules, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--verify", action="store_true", help="compare with sentence-transformers")
     options = parser.parse_args(arguments)
 
-    from codiemb_jax.checkpoints.export import write_export
-    from codiemb_jax.checkpoints.model import open_checkpoint
-    from codiemb_jax.files import check_new
+    with loading_modules():
+        from codiemb_jax.checkpoints.export import write_export
+        from codiemb_jax.checkpoints.model import open_checkpoint
+        from codiemb_jax.files import check_new
 
     check_new(options.output, "--output", options.checkpoint)
     if options.verify and importlib.util.find_spec("sentence_transformers") is None:
@@ -41,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_export(options.output, model.stream(), model.stream_passthrough(), model.blueprint, stock=stock)
     print(f"wrote {options.output}")
     if options.verify:
-        from codiemb_jax.checkpoints.verify import as_written, verify  # loads PyTorch
-        from codiemb_jax.embedder import Embedder
+        with loading_modules():
+            from codiemb_jax.checkpoints.verify import as_written, verify  # loads PyTorch
+            from codiemb_jax.embedder import Embedder
 
         if not verify(options.output, model, Embedder(model.graph, as_written(model), model.blueprint, model.mesh)):
             sys.exit(f"verification failed; {options.output} is left for you to look at")

@@ -1,0 +1,60 @@
+"""Programs as processes: what they load, and how they end when interrupted."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = ("codiemb_jax.train", "convert.hf_to_orbax", "convert.orbax_to_hf")
+ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_names_every_flag_and_loads_no_jax(program):
+    code = (
+        f"import runpy, sys\nsys.argv = ['x', '--help']\n"
+        f"try:\n    runpy.run_module('{program}', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+        "assert not {'jax', 'torch', 'transformers', 'orbax'} & set(sys.modules), sorted(sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
+    flags = set(re.findall(r"--[\w.]+", output))
+    if program == "codiemb_jax.train":
+        assert {"--config", "--output_dir", "--model.path", "--optimizer.learning_rate", "--data.max_examples"} <= flags
+    else:
+        assert "--output" in flags
+
+
+def test_training_loads_neither_pytorch_nor_tensorflow():
+    """Although both are installed where exports are verified."""
+    modules = (
+        "codiemb_jax.embedder, codiemb_jax.evaluation.held_out, codiemb_jax.training.loop, codiemb_jax.training.run"
+    )
+    code = f"import {modules}, sys\nassert not {{'torch', 'tensorflow', 'sentence_transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_plan_loads_no_tensorflow_datasets():
+    code = (
+        "import codiemb_jax.data.sampler, codiemb_jax.data.mixed, codiemb_jax.text.rows, sys\n"
+        "assert not {'tensorflow_datasets', 'grain', 'orbax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
+def test_an_interrupt_while_modules_load_prints_no_traceback(seconds, tmp_path: Path):
+    config = tmp_path / "settings.yaml"
+    config.write_text("output_dir: run\nmodel: {path: absent}\ndata: {ir: absent}\n")
+    command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert "Traceback" not in error
+    assert process.returncode in (130, 2)  # 2: it had already found that there is no such model
+    assert not (tmp_path / "run").exists()
