@@ -68,14 +68,16 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
         _set(values[key], rest, value)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Reports wrong arguments as `UserError`."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(shorten(message, 300))
 
 
 def flags_parser() -> argparse.ArgumentParser:
     """A parser of every setting as a flag."""
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for name, _, description in _settings(Settings):
         section = name.rpartition(".")[0]

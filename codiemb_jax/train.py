@@ -3,7 +3,6 @@
 Started again with the same command, it continues from the newest checkpoint of output_dir.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,19 +11,21 @@ from codiemb_jax.errors import UserError, loading_modules, run_program
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with loading_modules():
-        from codiemb_jax.config_file import flags_parser, load_settings
+        from codiemb_jax.config_file import Parser, flags_parser, load_settings
 
-    parser = argparse.ArgumentParser("python -m codiemb_jax.train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings, YAML")
+    parser = Parser("python -m codiemb_jax.train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, action="append", metavar="FILE", help="settings, YAML")
     parser.add_argument("-h", "--help", action="store_true", help="show this help")
     options, flags = parser.parse_known_args(arguments)
     if options.help:
         parents = [parser, flags_parser()]
-        argparse.ArgumentParser(parser.prog, description=__doc__, add_help=False, parents=parents).print_help()
+        Parser(parser.prog, description=__doc__, add_help=False, parents=parents).print_help()
         return
-    if options.config is None:
+    if not options.config:
         raise UserError("--config FILE is missing: give the settings, for example configs/quickstart.yaml")
-    settings = load_settings(options.config, flags)
+    if len(options.config) > 1:
+        raise UserError(f"--config: given {len(options.config)} times")
+    settings = load_settings(options.config[0], flags)
 
     with loading_modules():
         from codiemb_jax.embedder import Embedder

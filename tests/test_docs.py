@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from codiemb_jax.config import Settings
+from codiemb_jax.config_file import load_settings
 from codiemb_jax.text.records import read_records
 
 REPOSITORY = Path(__file__).parent.parent
@@ -87,9 +88,10 @@ def test_named_tests_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_examples_of_settings_are_valid(page):
+def test_examples_of_settings_are_valid(page, tmp_path):
     for block in blocks(page, "yaml"):
-        Settings(**yaml.safe_load(block))
+        (tmp_path / "settings.yaml").write_text(block, encoding="utf-8")
+        load_settings(tmp_path / "settings.yaml")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -99,6 +101,8 @@ def test_named_settings_exist(page):
     for section, field in re.findall(r"(?:`|--)(\w+)\.(\w+)(?=[`: ])", text_of(page)):
         if fields.get(section) and field not in FILE_ENDINGS:
             assert field in fields[section], f"{section}.{field}"
+    for section, field in re.findall(r"--(\w+)\.(\w+)", text_of(page)):
+        assert field in fields.get(section, ()), f"--{section}.{field}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

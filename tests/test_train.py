@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import os
 import shutil
 import struct
 from collections import defaultdict
@@ -187,6 +189,19 @@ def test_held_out_figures_are_those_of_an_unchanged_model(both_tasks):
     assert figures["before"].keys() == {"news nDCG@10", "questions Spearman"}
 
 
+def contents(folder: Path) -> dict[str, Any]:
+    """All that is in a folder: the bytes of files, the targets of links."""
+
+    def content(path: Path) -> Any:
+        if path.is_symlink():
+            return "link", str(path.readlink())
+        if path.is_file():
+            return path.read_bytes()
+        return "folder" if path.is_dir() else "neither file nor folder"
+
+    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*")}
+
+
 def first_line(path: Path, **changes: Any) -> str:
     return json.dumps(json.loads(path.read_text(encoding="utf-8").splitlines()[0]) | changes, ensure_ascii=False)
 
@@ -241,24 +256,29 @@ def test_a_model_that_cannot_be_used_is_told(mistake, golden, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_folder_of_a_run_is_not_taken_for_a_model(golden, tmp_path):
+def test_the_folder_of_a_run_without_an_export_is_not_taken_for_a_model(golden, tmp_path):
     (tmp_path / "earlier" / "checkpoints").mkdir(parents=True)
     (tmp_path / "earlier" / "config.yaml").write_text("")
     model = {"path": str(tmp_path / "earlier")}
-    with pytest.raises(UserError, match="earlier is the folder of a run; give .*earlier/export or one of its checkpoi"):
+    with pytest.raises(UserError, match="earlier is the folder of a run that has no export; give one of its checkpoi"):
         run(settings_of(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}), tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_model_folder_may_be_its_own_output_dir(golden, tmp_path):
-    folder = copy_model(golden, tmp_path / "model")
-    settings = settings_of(golden, folder, model={"path": str(folder)}, data={"ir": [str(golden / IR)]}, export=False)
-    run(settings, tmp_path, "--optimizer.max_steps", "1")
-    assert len(run(settings, tmp_path, "--optimizer.max_steps", "1")) == 1
+def test_the_folder_of_a_run_stands_for_its_export(both_tasks, golden, tmp_path):
+    model = {"path": str(both_tasks[0])}
+    settings = settings_of(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]})
+    settings["optimizer"] = {"learning_rate": 0, "max_steps": 1}
+    run(settings, tmp_path)
+    earlier, later = (
+        (path / "export" / "model.safetensors").read_bytes() for path in (both_tasks[0], tmp_path / "run")
+    )
+    assert earlier == later
 
 
 def test_an_overlong_model_path_is_told(golden, tmp_path):
     settings = settings_of(golden, tmp_path / "run", model={"path": "x" * 300}, data={"ir": [str(golden / IR)]})
-    with pytest.raises(UserError, match="model.path: x+ cannot be a folder: File name too long"):
+    with pytest.raises(UserError, match=r"model.path: x+\.\.\. cannot be a folder: File name too long"):
         run(settings, tmp_path)
 
 
@@ -301,9 +321,12 @@ DATA_MISTAKES = {
     "wrong score": ({"task_type": "sts", "positive_scores": ["high"]}, {}, r"data.jsonl:1: positive_scores\[0\]"),
     "empty text": ({"query": ["a", "", " : "]}, {}, "data.jsonl:1: query: the text is empty"),
     "wrong task": ({"task_type": "sts", "positive_scores": [1.0]}, {}, "move it from data.ir to data.sts"),
-    "too small": ({}, {}, "data.jsonl: 1 examples, data.ir_global_batch_size is 8"),
+    "too small": ({}, {}, "  data: 1 examples, data.ir_global_batch_size is 8"),
+    "fewer than a batch used": ({}, {"max_examples": 1}, "  data: 1 examples, data.ir_global_batch_size is 8"),
+    "no-break spaces": ({"query": ["a", "", "\u00a0\u00a0 \u202f"]}, {}, "data.jsonl:1: query: the text is empty"),
+    "empty negative": ({"negatives": [["", "", "\u00a0"]]}, {}, r"data.jsonl:1: negatives\[0\]: the text is empty"),
     "odd batch": ({}, {"ir_global_batch_size": 12}, "data.ir_global_batch_size 12 must be a multiple of 8"),
-    "unknown setting": ({}, {"ir_batch": 12}, "settings.yaml:4: data.ir_batch: there is no such setting"),
+    "unknown setting": ({}, {"ir_batch": 12}, "settings.yaml:4: data.ir_batch: unknown setting"),
 }
 
 
@@ -320,16 +343,41 @@ def test_data_that_cannot_be_used_is_told(mistake, golden, tmp_path):
 
 
 DAMAGED = {
-    "inputs.json: null": ("inputs.json", b"null", "config.yaml or inputs.json, which tell of what run, cannot be read"),
-    "config.yaml: no settings": ("config.yaml", b"1: 2", "config.yaml or inputs.json, which tell of what run, cannot"),
+    "inputs.json: null": (
+        "inputs.json",
+        b"null",
+        "config.yaml and inputs.json, which say what run they are of, cannot be read",
+    ),
+    "config.yaml: not YAML": (
+        "config.yaml",
+        b"a: [",
+        "config.yaml and inputs.json, which say what run .* cannot be read",
+    ),
+    "config.yaml: no settings": ("config.yaml", b"1: 2", "holds a run with other settings"),
     "evaluation.json: cut off": ("evaluation.json", b"{", "evaluation.json: not valid JSON"),
-    "evaluation.json: another": ("evaluation.json", b"{}", "evaluation.json: holds no figures of `before`"),
+    "evaluation.json: another": ("evaluation.json", b"{}", "evaluation.json: holds no metrics under `before`"),
+    "evaluation.json: a list": ("evaluation.json", b"[]", "evaluation.json: expected a JSON object"),
+    "evaluation.json: null": ("evaluation.json", b"null", "evaluation.json: expected a JSON object"),
+    "evaluation.json: before null": ("evaluation.json", b'{"before": null}', "holds no metrics under `before`"),
+    "evaluation.json: a text": ("evaluation.json", b'{"before": {"a": "0.5"}}', "holds no metrics under `before`"),
+    "evaluation.json: null for a number": ("evaluation.json", b'{"before": {"a": null}}', "holds no metrics under"),
+    "evaluation.json: true": ("evaluation.json", b'{"before": {"a": true}}', "holds no metrics under `before`"),
+    "evaluation.json: NaN": ("evaluation.json", b'{"before": {"a": NaN}}', "holds no metrics under `before`"),
     "metrics.jsonl: not text": (
         "metrics.jsonl",
         b"\xff",
         "metrics.jsonl: holds 1 lines, the checkpoint to continue fro",
     ),
     "checkpoints: a file": ("checkpoints", b"", "checkpoints: is a file, and should be a folder"),
+    "tensorboard: a file": ("tensorboard", b"", "tensorboard: is a file, and should be a folder"),
+    "export: a file": ("export", b"", "export: is not a folder"),
+    "inputs.json: a foreign one": ("inputs.json", b"{}", "inputs.json is not that of a run"),
+    "inputs.json: no inputs": ("inputs.json", b'{"codiemb_jax": 1}', "config.yaml and inputs.json, which say"),
+    "inputs.json: other inputs": (
+        "inputs.json",
+        b'{"codiemb_jax": 1, "inputs": {}}',
+        "holds a run with other settings",
+    ),
 }
 
 
@@ -341,9 +389,206 @@ def test_a_damaged_run_is_not_continued(damage, both_tasks, tmp_path):
     if (folder / name).is_dir():
         shutil.rmtree(folder / name)
     (folder / name).write_bytes(content)
+    before = contents(folder)
     with pytest.raises(UserError, match=message):
         main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
+    assert contents(folder) == before
     assert (folder / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "inputs.json", "metrics.jsonl", "evaluation.json"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_a_run_whose_files_are_none_is_not_continued(name, kind, both_tasks, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(both_tasks[0], folder)
+    (folder / name).rename(tmp_path / name)
+    if kind == "folder":
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("mine")
+    elif kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(tmp_path / name)
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"{name}: is not a file"):
+        main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
+    assert contents(folder) == before
+
+
+def change_weights(export: Path) -> None:
+    content = bytearray((export / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (export / "model.safetensors").write_bytes(content)
+
+
+def forget_exports(output_dir: Path) -> None:
+    path = output_dir / "inputs.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"exports": []}))
+
+
+FOREIGN_EXPORTS = {
+    "changed weights": lambda folder: change_weights(folder / "export"),
+    "a file added": lambda folder: (folder / "export" / "notes.txt").write_text("mine"),
+    "a file removed": lambda folder: (folder / "export" / "README.md").unlink(),
+    "a folder added": lambda folder: (folder / "export" / "notes").mkdir(),
+    "of another run": forget_exports,
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN_EXPORTS)
+def test_an_export_that_the_run_has_not_written_stays(change, both_tasks, tmp_path):
+    folder = shutil.copytree(both_tasks[0], tmp_path / "run")
+    FOREIGN_EXPORTS[change](folder)
+    before = contents(folder)
+    with pytest.raises(UserError, match="run/export: exists, and this run has not written it, or it has been changed"):
+        main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("target", ["export-elsewhere", "nowhere"])
+def test_an_export_that_is_a_link_stays(target, both_tasks, tmp_path):
+    folder = shutil.copytree(both_tasks[0], tmp_path / "run")
+    (folder / "export").rename(tmp_path / "export-elsewhere")
+    (folder / "export").symlink_to(tmp_path / target)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="run/export: is not a folder"):
+        main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("files", [["config.yaml"], ["metrics.jsonl"], ["notes.txt"], [".hidden"], ["inputs.json"],
+    ["config.yaml", "inputs.json", "notes.txt"], ["export/README.md"], ["checkpoints/2/notes.txt"], ["evaluation.json"],
+    ["tensorboard/events"], ["a", "b", "c", "d", "e", "f", "g"]])  # fmt: skip
+@pytest.mark.parametrize("content", ["", "{}", "seed: 1\n"])
+def test_a_folder_of_other_files_is_no_output_dir(files, content, golden, tmp_path):
+    folder = tmp_path / "run"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    before = contents(folder)
+    with pytest.raises(UserError, match="run holds (other )?files"):
+        run(settings_of(golden, folder, data={"ir": [str(golden / IR)]}), tmp_path)
+    assert contents(folder) == before
+
+
+def test_a_run_with_other_settings_stays(both_tasks, tmp_path):
+    folder = shutil.copytree(both_tasks[0], tmp_path / "run")
+    before = contents(folder)
+    for flags in (["--seed", "50"], ["--data.sts", "[]"], ["--optimizer.epochs", "3"], ["--data.max_examples", "16"]):
+        with pytest.raises(UserError, match=rf"holds a run with other settings.*\n  {flags[0][2:]}: was "):
+            main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder), *flags])
+        assert contents(folder) == before
+
+
+def test_a_run_with_other_settings_stays_even_without_a_checkpoint(both_tasks, tmp_path):
+    folder = shutil.copytree(both_tasks[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "export")
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"holds a run with other settings.*\n  seed: was 49, now 50"):
+        main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder), "--seed", "50"])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("exports", [None, 3, "x", {}, [3]])
+def test_a_run_that_does_not_say_what_it_has_exported(exports, both_tasks, tmp_path):
+    folder = shutil.copytree(both_tasks[0], tmp_path / "run")
+    inputs = json.loads((folder / "inputs.json").read_text())
+    (folder / "inputs.json").write_text(json.dumps(inputs | {"exports": exports}))
+    before = contents(folder)
+    with pytest.raises(UserError, match="run/(export: exists, and this run has not written it|inputs.json)"):
+        main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a link to itself", "a link to nowhere", "a pipe"])
+def test_an_output_dir_that_cannot_be_one(kind, golden, tmp_path):
+    path = tmp_path / "run"
+    if kind in ("a file", "below a file"):
+        path.write_text("mine")
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / ("run" if kind == "a link to itself" else "nowhere"))
+    before = contents(tmp_path)
+    output_dir = path / "below" / "it" if kind == "below a file" else path
+    settings = settings_of(golden, output_dir, data={"ir": [str(golden / IR)]})
+    with pytest.raises(UserError, match="^output_dir: .*run"):
+        run(settings, tmp_path)
+    (tmp_path / "settings.yaml").unlink()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a/" * 4000 + "b", "a/" + "x" * 256 + "/b"])
+def test_a_path_that_is_too_long(name, golden, tmp_path):
+    settings = settings_of(golden, tmp_path / "run" / name, data={"ir": [str(golden / IR)]})
+    with pytest.raises(UserError, match=r"^output_dir: .* cannot be created: File name too long") as caught:
+        run(settings, tmp_path)
+    assert len(str(caught.value)) < 1000
+    for section, key in (("data", "ir"), ("data", "sts"), ("evaluation", "ir"), ("evaluation", "sts")):
+        settings = settings_of(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
+        settings[section] = settings.get(section, {}) | {key: [str(tmp_path / f"{name}.jsonl")]}
+        problem = (
+            "cannot be read: File name too long" if name[0] == "x" or len(name) > 4096 else "no such file or folder"
+        )
+        with pytest.raises(UserError, match=rf"^{section}\.{key}:\n  .*: {problem}"):
+            run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_is_an_output_dir(golden, tmp_path):
+    (tmp_path / "run").mkdir()
+    settings = settings_of(golden, tmp_path / "run", data={"ir": [str(golden / IR)]}, export=False)
+    assert len(run(settings, tmp_path, "--optimizer.max_steps", "1")) == 1
+
+
+def test_a_model_folder_is_not_its_own_output_dir(golden, tmp_path):
+    folder = copy_model(golden, tmp_path / "model")
+    before = contents(folder)
+    for output_dir in (folder, folder / "runs" / "mine", folder / ".." / "model", tmp_path):
+        settings = settings_of(golden, output_dir, model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
+        with pytest.raises(UserError, match="output_dir: .* contains, or lies in, model.path"):
+            run(settings, tmp_path)
+        assert contents(folder) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "settings.yaml"}
+
+
+@pytest.mark.parametrize("model", ["run/export", "run", "run/checkpoints/4", "link"])
+def test_a_run_does_not_train_what_it_has_written(model, both_tasks, golden, tmp_path):
+    folder = shutil.copytree(both_tasks[0], tmp_path / "run")
+    (tmp_path / "link").symlink_to(folder / "export")
+    before = contents(folder)
+    path = tmp_path / model
+    settings = settings_of(golden, folder, model={"path": str(path)}, data={"ir": [str(golden / IR)]})
+    with pytest.raises(UserError, match="output_dir: .* contains, or lies in, model.path"):
+        run(settings, tmp_path)
+    assert contents(folder) == before
+
+
+FILES_IN_OUTPUT_DIR = ["run/news.jsonl", "run/export/news.jsonl", "linked.jsonl"]
+
+
+@pytest.mark.parametrize("setting", ["data.ir", "evaluation.ir"])
+@pytest.mark.parametrize(
+    ("place", "finished_run"),
+    [*((place, done) for place in FILES_IN_OUTPUT_DIR for done in (False, True)), *((f, False) for f in ("run", "."))],
+)
+def test_data_do_not_lie_in_output_dir(setting, place, finished_run, both_tasks, golden, tmp_path):
+    folder = tmp_path / "run"
+    if finished_run:
+        shutil.copytree(both_tasks[0], folder)
+    (folder / "export").mkdir(parents=True, exist_ok=True)
+    for data in (folder, folder / "export"):
+        shutil.copy(golden / IR, data / "news.jsonl")
+    if place == "linked.jsonl":
+        (tmp_path / place).symlink_to(folder / "news.jsonl")
+    before = contents(folder)
+    section, key = setting.split(".")
+    settings = settings_of(golden, folder, data={"ir": [str(golden / IR)]})
+    settings[section] = settings.get(section, {}) | {key: [str(tmp_path / place)]}
+    with pytest.raises(UserError, match=f"output_dir: .* contains, or lies in, {setting} "):
+        run(settings, tmp_path)
+    assert contents(folder) == before
 
 
 def test_a_mistake_ends_the_program_with_2_and_one_message(tmp_path, capsys):
@@ -364,3 +609,95 @@ def test_chunks_take_the_same_steps(golden, tmp_path):
     settings["optimizer"]["max_steps"] = 3
     lines = run(settings, tmp_path, "--optimizer.schedule", "constant")
     np.testing.assert_allclose([line["loss"] for line in lines], [g["loss"] for g in expected[:3]], rtol=5e-4)
+
+
+@pytest.mark.timeout(120)
+def test_a_named_pipe_is_no_data_file(golden, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for section, key in (("data", "ir"), ("evaluation", "sts")):
+        settings = settings_of(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
+        settings[section] = settings.get(section, {}) | {key: [str(tmp_path / "pipe.jsonl")]}
+        with pytest.raises(UserError, match=rf"{section}.{key}:\n  .*pipe.jsonl: is neither a file nor a folder"):
+            run(settings, tmp_path)
+    # In a folder it is no file, like all that is not called .json or .jsonl.
+    settings = settings_of(golden, tmp_path / "run", data={"ir": [str(tmp_path / "folder")]})
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "pipe.jsonl").rename(tmp_path / "folder" / "pipe.jsonl")
+    with pytest.raises(UserError, match="folder: the folder holds no .json or .jsonl file"):
+        run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_data_file_under_two_names(golden, tmp_path):
+    shutil.copy(golden / IR, tmp_path / "a.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "a.jsonl")
+    (tmp_path / "soft.jsonl").symlink_to(tmp_path / "a.jsonl")
+    for setting in ("data", "evaluation"):
+        for other in ("a.jsonl", "hard.jsonl", "soft.jsonl", "../" + tmp_path.name + "/a.jsonl"):
+            settings = settings_of(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
+            settings[setting] = settings.get(setting, {}) | {"ir": [str(tmp_path / "a.jsonl"), str(tmp_path / other)]}
+            with pytest.raises(UserError, match=rf"{setting}.ir:\n  .*a.jsonl and .*{other}: the same file 2 times"):
+                run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_sets_with_one_stem_are_told_apart_and_meta_data_is_not_read(golden, tmp_path):
+    texts = (golden / IR).read_text(encoding="utf-8").splitlines()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.json").write_text("\n".join(texts), encoding="utf-8")
+    described = [json.dumps(json.loads(text) | {"meta_data": {"source": [i, None]}}) for i, text in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n".join(described), encoding="utf-8")
+    evaluation = {"ir": [str(folder)]}
+    settings = settings_of(golden, tmp_path / "run", data={"ir": [str(folder)]}, evaluation=evaluation, export=False)
+    settings["optimizer"] = {"learning_rate": 0, "epochs": 1}
+    lines = run(settings, tmp_path)
+    assert sorted(line["dataset"] for line in lines) == ["a.json", "a.jsonl"]
+    metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())["before"]
+    assert metrics.keys() == {"a.json nDCG@10", "a.jsonl nDCG@10"}
+    assert metrics["a.json nDCG@10"] == metrics["a.jsonl nDCG@10"]
+    # Each is one batch of the same eight queries, and at learning rate 0 the model is the same.
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-5)
+
+
+BASELINES = {("ir", "cosent"): ["cosent"], ("sts", "info_nce"): ["info_nce"], ("sts", "cosent"): ["cosent"]}
+
+
+@pytest.mark.parametrize(("task", "objective"), BASELINES)
+def test_the_baselines_of_the_paper_train(task, objective, golden, tmp_path):
+    data = {task: [str(golden / {"ir": IR, "sts": STS}[task])]}
+    settings = settings_of(golden, tmp_path / "run", data=data, objective={task: objective}, export=False)
+    settings["optimizer"] |= {"max_steps": 2, "warmup_steps": 0}
+    lines = run(settings, tmp_path)
+    assert [line["step"] for line in lines] == [0, 1]
+    common = ["step", "epoch", "task", "dataset", "loss"]
+    rest = ["grad_norm", "learning_rate", "tokens", "computed_tokens", "seconds"]
+    for line in lines:
+        assert sorted(line) == sorted(common + BASELINES[task, objective] + rest)
+        assert line["loss"] == line[objective]
+        assert all(math.isfinite(line[name]) for name in ("loss", "grad_norm", objective))
+        assert line["grad_norm"] > 0
+    assert lines[0]["loss"] != lines[1]["loss"]
+
+
+def test_cosent_of_retrieval_needs_negatives_in_the_data(golden, tmp_path):
+    path = tmp_path / "bare.jsonl"
+    records = [json.loads(text) | {"negatives": []} for text in (golden / IR).read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    data = {"ir": [str(golden / IR), str(path)]}
+    settings = settings_of(golden, tmp_path / "run", data=data, objective={"ir": "cosent"})
+    with pytest.raises(UserError, match="objective.ir: cosent compares positives with negatives, .* in:\n  bare$"):
+        run(settings, tmp_path)
+    settings["data"]["negatives_per_query"] = 0
+    with pytest.raises(UserError, match="objective.ir: cosent .*: set data.negatives_per_query"):
+        run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_max_examples_caps_each_data_set(golden, tmp_path):
+    data = {"sts": [str(golden / STS)], "sts_global_batch_size": 8, "max_examples": 8}
+    settings = settings_of(golden, tmp_path / "run", data=data, export=False)
+    settings["optimizer"] = {"learning_rate": 0, "epochs": 3}
+    lines = run(settings, tmp_path)  # of 16 pairs, which make two batches, one is left
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert len({line["tokens"] for line in lines}) == 1  # always the same eight

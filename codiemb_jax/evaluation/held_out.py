@@ -50,7 +50,8 @@ class HeldOutSTS:
     def score(self, embedder: Embedder) -> tuple[str, float]:
         """Spearman correlation of cosine similarity and score."""
         similarity = np.sum(_directions(embedder, self.first) * _directions(embedder, self.second), axis=1)
-        return "Spearman", float(spearmanr(similarity, self.scores).statistic)
+        correlation = float(spearmanr(similarity, self.scores).statistic)
+        return "Spearman", 0.0 if np.isnan(correlation) else correlation  # NaN: all similarities are equal
 
 
 def _directions(embedder: Embedder, texts: Sequence[Tokens]) -> np.ndarray:

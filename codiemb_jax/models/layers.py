@@ -66,6 +66,11 @@ class TextModel(nnx.Module):
         raise NotImplementedError
 
 
+UNROLLED = 4
+"""Layers up to which the scan is unrolled: it then need not stack what the backward pass reads, which costs a small
+model a fifth of its time on a CPU."""
+
+
 def run_layers(
     layers: nnx.Module,
     count: int,
@@ -89,7 +94,9 @@ def run_layers(
         return (x, jax.lax.cond(number == tap_layer, tap, lambda _: tapped, x)), None
 
     numbers = jnp.arange(1, count + 1)
-    (x, tapped), _ = jax.lax.scan(rematerialised(layer, remat), (x, tap(x)), (weights, numbers))
+    (x, tapped), _ = jax.lax.scan(
+        rematerialised(layer, remat), (x, tap(x)), (weights, numbers), unroll=count <= UNROLLED
+    )
     return x, tapped
 
 

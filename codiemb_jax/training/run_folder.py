@@ -89,7 +89,8 @@ class RunFolder:
         Raises:
           UserError: it is another, or its files are damaged.
         """
-        if self.done():
+        # Without either, a run was killed at its very start.
+        if self.done() or self.config.exists():
             self._check_same_run(settings, inputs)
             self._read_before()
         if settings.export:
@@ -101,7 +102,7 @@ class RunFolder:
             if not there.is_dir():
                 raise UserError(f"output_dir: {there} is a file")
             # A name that is too long is noticed only in a folder that exists; a path that is too long, anywhere.
-            for name in (*self.path.relative_to(there).parts, str(self.checkpoints.absolute() / ("x" * 100))):
+            for name in (*self.path.relative_to(there).parts, str(self.path.absolute() / ("x" * 150))):
                 _look_up(there / name)
         except OSError as error:
             raise UserError(
@@ -144,11 +145,11 @@ class RunFolder:
         if os.path.lexists(self.export) and (self.export.is_symlink() or not self.export.is_dir()):
             raise UserError(f"{self.export}: is not a folder, so that nothing can be exported there; move it away")
         try:
-            ours = MARK in read_json(self.inputs, dict)
+            version = read_json(self.inputs, dict).get(MARK)
         except UserError as error:
             raise self._not_ours(str(error)) from error
-        if not ours:
-            raise self._not_ours(f"{self.inputs} is not that of a run")
+        if version != VERSION:
+            raise self._not_ours(f"{self.inputs} is not that of a run of this version")
 
     def _not_ours(self, why: str) -> UserError:
         return UserError(
@@ -237,7 +238,10 @@ class RunFolder:
 
     def _exports(self) -> list[str]:
         """Digests of the exports that this run has written."""
-        return read_json(self.inputs, dict).get("exports", []) if self.inputs.exists() else []
+        digests = read_json(self.inputs, dict).get("exports") if self.inputs.exists() else []
+        if not isinstance(digests, list):
+            raise UserError(f"{self.inputs}: exports: expected a list; put the file back, or use another output_dir")
+        return digests
 
     def _write_exports(self, digests: list[str]) -> None:
         write_json(self.inputs, read_json(self.inputs, dict) | {"exports": digests})

@@ -9,44 +9,44 @@ import pytest
 from flax import nnx
 
 from codiemb_jax.batch import TokenRows
+from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import EvaluationSettings, MeshSettings, ModelSettings, PromptSettings
-from codiemb_jax.text.prompts import PromptTokenizer
-from codiemb_jax.text.records import Triple
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
 from codiemb_jax.evaluation.held_out import evaluate, read_held_out
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import unit
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.checkpoints.model import open_model
+from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.text.records import Triple
 
 LIMIT = 128
+PROMPT = PromptSettings(default_instruction="Find it")
 
 
 @pytest.fixture(scope="module")
 def model(golden):
     settings = ModelSettings(path=str(golden / "youtu_tiny"), compute_dtype="float32")
     mesh = make_mesh(MeshSettings(fsdp=2))
-    return open_model(settings, PromptSettings(), mesh), mesh
+    return open_model(settings, PROMPT, mesh, LIMIT)
 
 
 @pytest.fixture(scope="module")
 def encoder(model):
-    return PromptTokenizer(model[0].blueprint.tokenizer(), PromptSettings())
+    return PromptTokenizer(model.blueprint.tokenizer(), PROMPT)
 
 
 @pytest.fixture(scope="module")
-def embedder(model, encoder):
-    folder, mesh = model
-    return Embedder(folder.graph, encoder, mesh, LIMIT, "Find it").with_params(folder.load())
+def embedder(model):
+    return Embedder(model.graph, None, model.blueprint, model.mesh).with_params(model.load())
 
 
 def alone(model, text) -> np.ndarray:
-    """The vector of one tokenised text, in a row of its own length."""
+    """The vector of one tokenized text, in a row of its own length."""
     count = text.ids.size
     pooled = (np.arange(count) >= text.content)[None]
     rows = TokenRows(text.ids[None], np.arange(count)[None], np.ones((1, count), int), pooled)
-    return np.asarray(unit(embed(nnx.merge(model[0].graph, model[0].load()), rows)))[0]
+    return np.asarray(unit(embed(nnx.merge(model.graph, model.load()), rows)))[0]
 
 
 def test_a_vector_does_not_depend_on_its_company(model, encoder, embedder):
@@ -61,7 +61,7 @@ def test_a_vector_does_not_depend_on_its_company(model, encoder, embedder):
 def test_queries_carry_the_instruction(model, encoder, embedder):
     for instruction, expected in ((None, "Find it"), ("Sort it", "Sort it"), ("", "")):
         (tokens,) = encoder.tokenize_queries([Triple(expected, "", "a red bicycle")], LIMIT)
-        vector = embedder.encode_query([" a red bicycle\n"], instruction)[0]
+        vector = embedder.encode_query([" a red bicycle\n"], instruction=instruction)[0]
         np.testing.assert_allclose(vector, alone(model, tokens), atol=2e-6)
 
 
@@ -81,7 +81,7 @@ def test_ndcg_is_that_of_the_formula(golden, encoder, embedder):
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     passages = list(dict.fromkeys(p[2].strip("\t\n :") for r in records for p in r["positives"] + r["negatives"]))
     relevant = [{passages.index(p[2].strip("\t\n :")) for p in record["positives"]} for record in records]
-    queries = np.concatenate([embedder.encode_query([r["query"][2]], r["query"][0]) for r in records])
+    queries = np.concatenate([embedder.encode_query([r["query"][2]], instruction=r["query"][0]) for r in records])
     expected = ndcg_at_10(queries @ embedder.encode_document(passages).T, relevant)
     assert 0.1 < expected < 1
     assert evaluate(embedder, [held_out]) == {"news nDCG@10": pytest.approx(expected, abs=1e-6)}
@@ -91,7 +91,7 @@ def test_spearman_is_the_correlation_of_ranks(golden, encoder, embedder):
     path = golden / "data" / "questions.jsonl"
     (held_out,) = read_held_out(EvaluationSettings(sts=[path]), encoder, LIMIT)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    pairs = [embedder.encode_query([r["query"][2], r["positives"][0][2]], r["query"][0]) for r in records]
+    pairs = [embedder.encode_query([r["query"][2], r["positives"][0][2]], instruction=r["query"][0]) for r in records]
     similarity = np.array([first @ second for first, second in pairs])
     scores = np.array([record["positive_scores"][0] for record in records])
 
