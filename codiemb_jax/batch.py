@@ -1,4 +1,4 @@
-"""What a batch is: rows of tokens, and where each text lies.  Data, models and training share nothing else."""
+"""What a batch is: rows of tokens, and where each text lies."""
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 

@@ -262,8 +262,6 @@ class Settings(Section):
                     f"{task.group_size_setting} {task.group_size} must divide {task.batch_size_setting} "
                     f"{task.global_batch_size}"
                 )
-        if self.data.ir and self.objective.ir == "cosent" and not self.data.negatives_per_query:
-            raise ValueError("objective.ir: cosent compares positives with negatives: set data.negatives_per_query")
         return self
 
     @property

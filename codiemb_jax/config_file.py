@@ -5,13 +5,14 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from codiemb_jax.config import Settings
 from codiemb_jax.errors import UserError, format_problems, shorten
+from codiemb_jax.program import Parser
 
 MERGE = "tag:yaml.org,2002:merge"
 """Tag of the key `<<`."""
@@ -68,22 +69,16 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
         _set(values[key], rest, value)
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports wrong arguments as `UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(shorten(message, 300))
-
-
 def flags_parser() -> argparse.ArgumentParser:
     """A parser of every setting as a flag."""
-    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for name, _, description in _settings(Settings):
         section = name.rpartition(".")[0]
-        group = groups.setdefault(section, parser.add_argument_group(section or "the run"))
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section or "the run")
         text = " ".join(description.split()).replace("%", "%%")
-        group.add_argument(f"--{name}", action="append", metavar="VALUE", help=text)
+        groups[section].add_argument(f"--{name}", action="append", metavar="VALUE", help=text)
     return parser
 
 

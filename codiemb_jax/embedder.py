@@ -54,8 +54,7 @@ class Embedder:
     def __init__(self, graph: Any, params: Any, blueprint: Blueprint, mesh: jax.sharding.Mesh):
         """`params` are those of the model with this graph and blueprint, placed on the mesh; see `from_pretrained`."""
         self._params, self._mesh = params, mesh
-        self.max_seq_length = blueprint.max_tokens
-        """Longest text in tokens; what exceeds it is cut off."""
+        self._max_tokens = blueprint.max_tokens
         self._tokenizer = text_tokenizer(blueprint)
         normalize = blueprint.encoding["normalize"]
 
@@ -100,6 +99,11 @@ class Embedder:
         with jax.set_mesh(devices):
             return cls(model.graph, model.load(), model.blueprint, devices)
 
+    @property
+    def max_seq_length(self) -> int:
+        """Longest text in tokens; what exceeds it is cut off."""
+        return self._max_tokens
+
     def with_params(self, params: Any) -> "Embedder":
         """The same model with these parameters; nothing is compiled again."""
         other = copy(self)
@@ -117,7 +121,7 @@ class Embedder:
 
     def encode_query(
         self,
-        sentences: str | Sequence[str],
+        inputs: str | Sequence[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -139,11 +143,11 @@ class Embedder:
             prompt = self._tokenizer.query_prompt(instruction)
         if prompt is None and prompt_name is None and "query" in self.prompts:
             prompt_name = "query"
-        return self.encode(sentences, prompt_name, prompt, batch_size, show_progress_bar)
+        return self.encode(inputs, prompt_name, prompt, batch_size, show_progress_bar)
 
     def encode_document(
         self,
-        sentences: str | Sequence[str],
+        inputs: str | Sequence[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -152,11 +156,11 @@ class Embedder:
         """Vectors of documents, float32 [texts, dim]; of a single text, [dim]."""
         if prompt is None and prompt_name is None:
             prompt_name = next((name for name in ("document", "passage", "corpus") if name in self.prompts), None)
-        return self.encode(sentences, prompt_name, prompt, batch_size, show_progress_bar)
+        return self.encode(inputs, prompt_name, prompt, batch_size, show_progress_bar)
 
     def encode(
         self,
-        sentences: str | Sequence[str],
+        inputs: str | Sequence[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -171,9 +175,9 @@ class Embedder:
           show_progress_bar: None: if stderr is a terminal and there is more than one batch.
 
         Raises:
-          UserError: there is no such prompt, or a text of which no token is left.
+          UserError: there is no such prompt, or (with a checkpoint) a text of which no token is left.
         """
-        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"expected texts, found {type(wrong[0]).__name__}")
         if prompt is None:
@@ -183,7 +187,7 @@ class Embedder:
             prompt = "" if name is None else self.prompts[name]
         tokens = self._tokenizer.tokenize(texts, prompt, self.max_seq_length)
         vectors = self.embed_tokens(tokens, batch_size, show_progress_bar)
-        return vectors[0] if isinstance(sentences, str) else vectors
+        return vectors[0] if isinstance(inputs, str) else vectors
 
     def embed_tokens(
         self, texts: Sequence[Tokens], batch_size: int = 32, show_progress_bar: bool | None = None

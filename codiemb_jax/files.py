@@ -103,4 +103,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(folder.absolute().parent):
+            raise  # of something that is read
         raise UserError(f"{folder}: cannot be written: {error}") from error

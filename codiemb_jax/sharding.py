@@ -32,8 +32,20 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     return jax.make_mesh(shape, (*ROW_AXES, "tensor"), (AxisType.Auto,) * 3, devices=devices)
 
 
+def cpu_mesh() -> Mesh:
+    """A mesh of one CPU device, for conversions.
+
+    Raises:
+      UserError: JAX is told to use none.
+    """
+    try:
+        return make_mesh(MeshSettings(), jax.devices("cpu")[:1])
+    except RuntimeError as error:
+        raise UserError(f"JAX has no CPU device, which conversion needs; add cpu to JAX_PLATFORMS ({error})") from error
+
+
 def row_shards(mesh: Mesh) -> int:
-    """Number of devices that hold different rows: into so many parts a batch is split."""
+    """Number of devices that hold different rows; a batch is split into this many parts."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 

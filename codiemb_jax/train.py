@@ -6,20 +6,21 @@ Started again with the same command, it continues from the newest checkpoint of 
 from collections.abc import Sequence
 from pathlib import Path
 
-from codiemb_jax.errors import UserError, loading_modules, run_program
+from codiemb_jax.errors import UserError
+from codiemb_jax.program import Parser, loading_modules, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with loading_modules():
-        from codiemb_jax.config_file import Parser, flags_parser, load_settings
+        from codiemb_jax.config_file import flags_parser, load_settings
 
-    parser = Parser("python -m codiemb_jax.train", add_help=False, allow_abbrev=False)
+    parser = Parser("python -m codiemb_jax.train", __doc__, add_help=False)
     parser.add_argument("--config", type=Path, action="append", metavar="FILE", help="settings, YAML")
     parser.add_argument("-h", "--help", action="store_true", help="show this help")
     options, flags = parser.parse_known_args(arguments)
     if options.help:
         parents = [parser, flags_parser()]
-        Parser(parser.prog, description=__doc__, add_help=False, parents=parents).print_help()
+        Parser(parser.prog, __doc__, add_help=False, parents=parents).print_help()
         return
     if not options.config:
         raise UserError("--config FILE is missing: give the settings, for example configs/quickstart.yaml")
@@ -38,23 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     embedder = Embedder(start.model.graph, None, start.model.blueprint, start.mesh)
     run = open_run(start)
     before, after = train(run, lambda params: evaluate(embedder.with_params(params), held_out))
-    report(before, after, run.folder.export)
+    report(before, after, run.folder.export if settings.export else None)
 
 
-def report(before: dict[str, float], after: dict[str, float], export: Path) -> None:
+def report(before: dict[str, float], after: dict[str, float], export: Path | None) -> None:
     """Prints the held-out metrics, and where the export is."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("held-out", "before", "after")
     for name, value in after.items():
-        table.add_row(name, f"{before[name]:.4f}" if name in before else "", f"{value:.4f}")
+        table.add_row(escape(name), f"{before[name]:.4f}" if name in before else "", f"{value:.4f}")
     console = Console()
     if after:
         console.print(table)
-    if export.exists():
+    if export:
         console.print(f"exported to {export}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, interrupted="stopped; start the same command again to continue")

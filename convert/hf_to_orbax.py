@@ -3,17 +3,15 @@
 A folder that sentence-transformers describes keeps its pooling, prompts and lengths.  Others get the default settings.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from codiemb_jax.errors import UserError, loading_modules, run_program
+from codiemb_jax.errors import UserError
+from codiemb_jax.program import Parser, loading_modules, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.hf_to_orbax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m convert.hf_to_orbax", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder in Hugging Face format, or a hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoint to write")
     options = parser.parse_args(arguments)
@@ -24,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from codiemb_jax.checkpoints.export import sentence_prompts
         from codiemb_jax.checkpoints.model import locate, open_as_stored, open_folder
         from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
-        from codiemb_jax.config import MeshSettings, PromptSettings
+        from codiemb_jax.config import PromptSettings
         from codiemb_jax.files import check_new
-        from codiemb_jax.sharding import make_mesh
+        from codiemb_jax.sharding import cpu_mesh
         from codiemb_jax.text.prompts import PromptTokenizer
 
     path = locate(options.model)
@@ -34,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = open_folder(path)
     if isinstance(folder, OrbaxCheckpoint):
         raise UserError(f"--model {path}: is an Orbax checkpoint already; give a folder in Hugging Face format")
-    mesh = make_mesh(MeshSettings(), jax.devices("cpu")[:1])
+    mesh = cpu_mesh()
     model = open_as_stored(folder, mesh, PromptSettings())
     if model.blueprint.prompt is not None:
         PromptTokenizer(model.blueprint.tokenizer(), model.blueprint.prompt)  # finds a tokenizer that cannot be used

@@ -4,19 +4,17 @@
 becomes Qwen3).  --verify loads the folder in sentence-transformers and compares its token ids and vectors with ours.
 """
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from codiemb_jax.errors import UserError, loading_modules, run_program
+from codiemb_jax.errors import UserError
+from codiemb_jax.program import Parser, loading_modules, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.orbax_to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m convert.orbax_to_hf", __doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="Orbax checkpoint of ours")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--architecture", choices=["stock"], help="default: config.json as it came")

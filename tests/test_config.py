@@ -654,16 +654,6 @@ def test_the_mixed_sampler_has_one_batch_size(refused):
     assert problem.startswith("  FILE:4: data: sampler: mixed has one batch size")
 
 
-def test_cosent_of_retrieval_compares_with_negatives(load, refused):
-    text = LEAST + "  negatives_per_query: 0\nobjective: {ir: cosent}\n"
-    assert refused(text)[1:] == [
-        "  objective.ir: cosent compares positives with negatives: set data.negatives_per_query"
-    ]
-    assert load(text, "--data.negatives_per_query", "1").objective.ir == "cosent"
-    text = text.replace("ir: [", "sts: [")  # without retrieval data the objective of retrieval does not matter
-    assert load(text).objective.ir == "cosent"
-
-
 def test_tasks_are_those_that_there_is_data_for(load):
     ir, sts = load(
         LEAST

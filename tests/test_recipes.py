@@ -9,9 +9,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedTokenizerFast
 
 import codiemb_jax
-from codiemb_jax.config import load_settings
 from codiemb_jax.checkpoints.families import family_of
-from codiemb_jax.train import check_batches, main
+from codiemb_jax.config_file import load_settings
+from codiemb_jax.train import main
+from codiemb_jax.training.run import check_batches
 from scripts.make_random_checkpoint import make
 
 REPOSITORY = Path(__file__).parent.parent

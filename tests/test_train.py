@@ -17,7 +17,8 @@ import yaml
 from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
-from codiemb_jax.errors import UserError, run_program
+from codiemb_jax.errors import UserError
+from codiemb_jax.program import run_program
 from codiemb_jax.train import main
 from convert.hf_to_orbax import main as hf_to_orbax
 
@@ -278,7 +279,7 @@ def test_the_folder_of_a_run_stands_for_its_export(both_tasks, golden, tmp_path)
 
 def test_an_overlong_model_path_is_told(golden, tmp_path):
     settings = settings_of(golden, tmp_path / "run", model={"path": "x" * 300}, data={"ir": [str(golden / IR)]})
-    with pytest.raises(UserError, match=r"model.path: x+\.\.\. cannot be a folder: File name too long"):
+    with pytest.raises(UserError, match=r"x+\.\.\. cannot be a folder: File name too long"):
         run(settings, tmp_path)
 
 

@@ -102,7 +102,7 @@ class Blueprint(BaseModel):
           UserError: another version of this project wrote it, or a field cannot be used.
         """
         if not isinstance(fields, Mapping) or fields.get("version") != VERSION:
-            raise UserError("was written by another version of codiemb_jax; convert the model again")
+            raise UserError("was written by another version of codiemb_jax")
         if not is_unicode(fields):
             raise UserError("the blueprint holds half a surrogate pair (\\ud800 to \\udfff)")
         try:

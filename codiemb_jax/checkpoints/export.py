@@ -43,7 +43,8 @@ PROBES = (
 
 
 def check_exportable(blueprint: Blueprint) -> None:
-    """
+    """Checks that an export would encode as the model does.
+
     Raises:
       UserError: sentence-transformers would make other vectors than ours.
     """
@@ -95,8 +96,7 @@ def _write_folder(
     projection = params.get("projection")
     dim = write_modules(folder, dim, pooling, normalize, projection, sentence.include_prompt)
     _write_sentence_transformers(folder, blueprint, sentence)
-    prompts = sentence.prompts
-    (folder / "README.md").write_text(_card(blueprint, family, prompts, dim), encoding="utf-8")
+    (folder / "README.md").write_text(_card(blueprint, family, sentence, dim), encoding="utf-8")
 
 
 def sentence_prompts(blueprint: Blueprint) -> SentencePrompts:
@@ -186,18 +186,24 @@ def _write_sentence_transformers(folder: Path, blueprint: Blueprint, sentence: S
 
 
 DESCRIPTIONS = {
-    "mean": "the mean over the text's tokens, the prompt's left out",
-    "weighted_mean": "the mean over the text's tokens, weighted 1, 2, 3 …, the prompt's left out",
+    "mean": "the mean over the text's tokens",
+    "weighted_mean": "the mean over the text's tokens, weighted 1, 2, 3 …",
     "cls": "the first token's",
     "last_token": "the last token's",
 }
 
 
-def _card(blueprint: Blueprint, family: Family, prompts: dict[str, str], dim: int) -> str:
+def _card(blueprint: Blueprint, family: Family, sentence: SentencePrompts, dim: int) -> str:
+    pooling = DESCRIPTIONS[blueprint.encoding["pooling"]] + (
+        "" if sentence.include_prompt else ", the prompt's left out"
+    )
+    strip = 'Training strips tabs, newlines, spaces and colons from both ends of a text: `text.strip("\\t\\n :")`.\n'
     needs = "Needs transformers 5.2 or newer: older ones ignore `is_causal` in config.json.\n"
     length = "unit " if blueprint.encoding["normalize"] else ""
-    rows = "\n".join(f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in prompts.items())
-    made_by = f"[CoDiEmb](https://arxiv.org/abs/2508.11442) by codiemb_jax {version('codiemb-jax')}"
+    rows = "\n".join(
+        f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in sentence.prompts.items()
+    )
+    made_by = f"codiemb_jax {version('codiemb-jax')} ([CoDiEmb](https://arxiv.org/abs/2508.11442))"
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -206,11 +212,10 @@ tags: [sentence-transformers, feature-extraction, sentence-similarity, codiemb]
 
 # Text embedding model
 
-Fine-tuned with {made_by}. It maps a text of up to
+Written by {made_by}. It maps a text of up to
 {blueprint.max_tokens} tokens to a {length}vector of {dim} dimensions; compare vectors by their cosine.
-Attention is {blueprint.encoding["attention"]}; a vector is {DESCRIPTIONS[blueprint.encoding["pooling"]]}.
-It was trained on texts without tabs, newlines, blanks and colons at their ends: strip yours (`text.strip("\\t\\n :")`).
-{needs if family.model is Decoder else ""}
+Attention is {blueprint.encoding["attention"]}; a vector is {pooling}.
+{strip if blueprint.prompt is not None else ""}{needs if family.model is Decoder else ""}
 ```python
 from sentence_transformers import SentenceTransformer
 

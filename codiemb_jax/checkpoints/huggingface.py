@@ -12,6 +12,7 @@ from codiemb_jax.checkpoints.safetensors import (
     WeightFiles,
     check_weights,
     find_prefix,
+    passthrough_names,
     read_weights,
     stream_weights,
 )
@@ -20,7 +21,7 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.files import read_json
 from codiemb_jax.models.build import Params
 
-HUB_FILES = ["*.safetensors*", "*.json", "*/config.json", "*/model.safetensors", "*.py", *TOKENIZER_FILES]
+HUB_FILES = ["*.safetensors*", "*.json", "*.py", *TOKENIZER_FILES]
 """What is downloaded of a model: no pickled weights."""
 
 
@@ -43,13 +44,13 @@ class HuggingFaceFolder(ModelFolder):
         self.prefix = find_prefix(self.dtypes, self.family)
         self.files = _read_tokenizer_files(path)
         self.code = _read_files(sorted(path.glob("*.py")))
-        self._dense = modules.dense if modules else None
+        self._dense = WeightFiles(modules.dense) if modules and modules.dense else None
         self.stored = self._direction(modules is not None) | (modules.encoding if modules else {})
         self.text, longest = None, None
         if modules:
             self.text, longest = read_prompts(path, modules.include_prompt)
         self.max_tokens = min(longest or self.model_config.max_positions, self.model_config.max_positions)
-        self._passthrough: list[str] = []
+        self._passthrough = passthrough_names(self.dtypes, self.family, self.prefix, self.model_config.layers)
 
     def _direction(self, described: bool) -> dict[str, Any]:
         """A decoder's direction of attention, if the folder says it; one that sentence-transformers loads has one."""
@@ -57,22 +58,20 @@ class HuggingFaceFolder(ModelFolder):
         return {"attention": "causal" if causal else "bidirectional"} if isinstance(causal, bool) else {}
 
     def check(self, abstract: Params) -> None:
-        self._passthrough = check_weights(
-            self._weights, self.family.weights, self.prefix, abstract, self.family.passthrough
-        )
+        check_weights(self._weights, self.family.weights, self.prefix, abstract, self._passthrough)
         if self._dense:
-            check_weights(WeightFiles(self._dense), DENSE, "", abstract["projection"])
+            check_weights(self._dense, DENSE, "", abstract["projection"])
 
     def load(self, abstract: Params) -> Params:
         params = read_weights(self._weights, self.family.weights, self.prefix, abstract)
         if self._dense:
-            params["projection"] = read_weights(WeightFiles(self._dense), DENSE, "", abstract["projection"])
+            params["projection"] = read_weights(self._dense, DENSE, "", abstract["projection"])
         return params
 
     def stream(self, abstract: Params) -> Params:
         params = stream_weights(self._weights, self.family.weights, self.prefix, abstract)
         if self._dense:
-            params["projection"] = stream_weights(WeightFiles(self._dense), DENSE, "", abstract["projection"])
+            params["projection"] = stream_weights(self._dense, DENSE, "", abstract["projection"])
         return params
 
     def stream_passthrough(self) -> dict[str, LazyArray]:
@@ -80,7 +79,14 @@ class HuggingFaceFolder(ModelFolder):
 
 
 def _read_files(paths: Iterable[Path]) -> dict[str, str]:
-    return {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths if path.is_file()}
+    files = {}
+    for path in paths:
+        if path.is_file():
+            try:
+                files[path.name] = base64.b64encode(path.read_bytes()).decode()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return files
 
 
 def _read_tokenizer_files(folder: Path) -> dict[str, str]:

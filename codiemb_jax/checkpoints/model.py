@@ -14,12 +14,12 @@ from codiemb_jax.checkpoints.folder import ModelFolder
 from codiemb_jax.checkpoints.huggingface import HUB_FILES, HuggingFaceFolder
 from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, is_checkpoint, steps_of
 from codiemb_jax.checkpoints.safetensors import LazyArray
-from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
+from codiemb_jax.config import ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.models.build import Params, abstract_model, new_projection
 from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.encoder import Encoder, EncoderConfig
-from codiemb_jax.sharding import make_mesh
+from codiemb_jax.sharding import cpu_mesh
 from codiemb_jax.text.sentence import SentencePrompts
 
 
@@ -130,8 +130,7 @@ def open_as_stored(
 
 def open_checkpoint(path: Path) -> PretrainedModel:
     """A checkpoint with the attention, prompts and lengths that it was trained with, on one CPU device, in float32."""
-    mesh = make_mesh(MeshSettings(), jax.devices("cpu")[:1])
-    return open_as_stored(OrbaxCheckpoint(path), mesh, PromptSettings(), compute_dtype="float32")
+    return open_as_stored(OrbaxCheckpoint(path), cpu_mesh(), PromptSettings(), compute_dtype="float32")
 
 
 def open_folder(path: Path) -> ModelFolder:
@@ -169,7 +168,7 @@ def locate(path: str) -> Path:
     try:
         exists = folder.exists()
     except OSError as error:
-        raise UserError(f"model.path: {shorten(path)} cannot be a folder: {error.strerror}") from error
+        raise UserError(f"{shorten(path)} cannot be a folder: {error.strerror}") from error
     if folder.is_dir():
         steps = steps_of(folder)
         if steps and is_checkpoint(folder / str(steps[-1])):
@@ -183,7 +182,7 @@ def locate(path: str) -> Path:
             return folder / "export"
         return folder
     if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
-        raise UserError(f"model.path: {path} is neither a folder nor a hub id (owner/name)")
+        raise UserError(f"{path} is neither a folder nor a hub id (owner/name)")
     return _download(path)
 
 
@@ -194,4 +193,4 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"model.path: {name} is not a folder, and cannot be had from the hub: {error}") from error
+        raise UserError(f"{name} is not a folder, and cannot be downloaded from the hub: {error}") from error

@@ -41,6 +41,10 @@ Arrays = dict[str, tuple[str, list[int], str]]
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every part of every save, and what it then raises
 
 
+class DamagedCheckpoint(UserError):
+    """Something in a checkpoint is missing or not what was written."""
+
+
 class OrbaxCheckpoint(ModelFolder):
     """One checkpoint: of a run, or a converted model."""
 
@@ -51,7 +55,7 @@ class OrbaxCheckpoint(ModelFolder):
         """
         if not is_checkpoint(path):
             missing = [name for name in COMMIT_MARKS if not (path / name).exists()]
-            raise UserError(
+            raise DamagedCheckpoint(
                 f"{path} is not a checkpoint (without {', '.join(missing)}); give one that `convert.hf_to_orbax` "
                 "wrote, or a run's checkpoints/STEP"
             )
@@ -103,7 +107,7 @@ class OrbaxCheckpoint(ModelFolder):
         def read() -> np.ndarray:
             value = _restore_one(self.path / item, keys)
             if [value.dtype.name, list(value.shape), array_checksum(value)] != [dtype, shape, checksum]:
-                raise UserError(_damaged(self.path, f"{item}: {path} does not match its checksum"))
+                raise _damaged(self.path, f"{item}: {path} does not match its checksum")
             return value
 
         return LazyArray(tuple(shape), np.dtype(dtype), read)
@@ -159,13 +163,13 @@ def restore_run(folder: Path, done: int, params: Params, optimizer: Any) -> tupl
     try:
         checkpoint = OrbaxCheckpoint(folder / str(done))
         if "optimizer" not in checkpoint.arrays:
-            raise UserError(_damaged(checkpoint.path, "it lacks the optimizer's state"))
+            raise _damaged(checkpoint.path, "it lacks the optimizer's state")
         checkpoint.check(params)
         return checkpoint.load(params), restore_item(
             checkpoint.path, "optimizer", checkpoint.arrays["optimizer"], optimizer
         )
-    except UserError as error:
-        raise UserError(f"{error}{hint}") from error
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}{hint}") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -224,7 +228,7 @@ def restore_item(folder: Path, item: str, arrays: Arrays, abstract: Any) -> Any:
     """
     leaves = _leaves(abstract)
     if missing := [path for keys, _ in leaves if (path := _path(keys)) not in arrays]:
-        raise UserError(_damaged(folder, f"{item} lacks {', '.join(missing[:5])}"))
+        raise _damaged(folder, f"{item} lacks {', '.join(missing[:5])}")
 
     def stored(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Restored as it is stored, so that its checksum can be compared, and only then cast.
@@ -236,7 +240,7 @@ def restore_item(folder: Path, item: str, arrays: Arrays, abstract: Any) -> Any:
     found = describe_tree(restored)
     wrong = [path for keys, _ in leaves if found[path := _path(keys)] != arrays[path]]
     if wrong:
-        raise UserError(_damaged(folder, f"{item}: {', '.join(wrong[:5])} does not match its checksum"))
+        raise _damaged(folder, f"{item}: {', '.join(wrong[:5])} does not match its checksum")
     return jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), restored, abstract)
 
 
@@ -271,9 +275,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     with _readable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         manifest = checkpointer.restore((folder / MANIFEST).absolute())
     if not isinstance(manifest, dict) or set(manifest) != {"blueprint", "arrays", "digest"}:
-        raise UserError(f"{folder}: was written by another version of codiemb_jax; convert the model again")
+        raise UserError(f"{folder}: was written by another version of codiemb_jax")
     if manifest.pop("digest") != _digest(manifest):
-        raise UserError(_damaged(folder, "the blueprint does not match its checksum"))
+        raise _damaged(folder, "the blueprint does not match its checksum")
     return manifest
 
 
@@ -294,18 +298,24 @@ def _read_arrays(arrays: Any) -> dict[str, Arrays]:
 DTYPES = {dtype.name for dtype in (*map(np.dtype, "?bhilBHILefd"), np.dtype(jax.numpy.bfloat16))}
 
 
-def _damaged(folder: Path, what: str) -> str:
-    return f"{folder}: the checkpoint is damaged: {what}"
+def _damaged(folder: Path, what: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{folder}: the checkpoint is damaged: {what}")
 
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """UserError if what is done with a checkpoint fails."""
+    """`DamagedCheckpoint` if what is done with a checkpoint fails for a reason of its own."""
     try:
         yield
+    except (MemoryError, UserError):
+        raise
+    except PermissionError as error:
+        raise UserError(f"{folder}: the checkpoint cannot be read: {error.strerror}") from error
     except Exception as error:  # Orbax raises plain Exception where a file cannot be read
+        if "RESOURCE_EXHAUSTED" in str(error):  # memory of a device
+            raise
         reason = " ".join(str(error).partition("See full TensorStore details")[0][:200].split())
-        raise UserError(f"{folder}: the checkpoint cannot be read ({reason})") from error
+        raise DamagedCheckpoint(f"{folder}: the checkpoint cannot be read ({reason})") from error
 
 
 def _restore_one(folder: Path, keys: Sequence[str]) -> np.ndarray:

@@ -85,8 +85,11 @@ class WeightFiles:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A weight, or the block of it that `index` names; only that much is read."""
-        with safe_open(self._paths[name], framework="numpy") as file:
-            return file.get_slice(name)[index] if index else file.get_tensor(name)
+        try:
+            with safe_open(self._paths[name], framework="numpy") as file:
+                return file.get_slice(name)[index] if index else file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._paths[name]}: {name} cannot be read: {error}") from error
 
     def lazy(self, name: str) -> LazyArray:
         """A weight, read when it is asked for."""
@@ -138,12 +141,25 @@ def weight_names(weight: Weight, prefix: str, layers: int) -> list[str]:
     return [prefix + weight.theirs.format(layer=layer) for layer in range(layers)]
 
 
+def passthrough_names(names: Iterable[str], family: Family, prefix: str, layers: int) -> list[str]:
+    """The names that a folder holds beyond the model and that the family passes through."""
+    wanted = {name for weight in family.weights for name in weight_names(weight, prefix, layers)}
+    return [
+        name
+        for name in sorted(set(names) - wanted)
+        if any(fnmatchcase(name.removeprefix(prefix), pattern) for pattern in family.passthrough)
+    ]
+
+
 def check_weights(
     files: WeightFiles, table: Sequence[Weight], prefix: str, abstract: Params, passthrough: Sequence[str] = ()
-) -> list[str]:
-    """Compares names, shapes and types with what the model needs; UserError that lists every difference.
+) -> None:
+    """Compares names, shapes and types with what the model needs.
 
-    Returns the names that the files hold beyond the model and that `passthrough` (see `Family`) allows.
+    passthrough: names that the files may hold beyond that, see `passthrough_names`.
+
+    Raises:
+      UserError: listing every difference.
     """
     dtypes = files.dtypes
     missing, misshaped, wanted = [], [], set()
@@ -161,19 +177,17 @@ def check_weights(
             elif dtypes[name] not in MODEL_TYPES:
                 misshaped.append(f"type: {name} is {dtypes[name]}, supported are {', '.join(MODEL_TYPES)}")
     beyond = sorted(set(dtypes) - wanted)
-    allowed = [name for name in beyond if any(fnmatchcase(name.removeprefix(prefix), p) for p in passthrough)]
     misshaped += [
         f"type: {name} is {dtypes[name]}, supported are {', '.join(NUMPY_TYPES)}"
-        for name in allowed
+        for name in passthrough
         if dtypes[name] not in NUMPY_TYPES
     ]
-    misshaped += [f"empty: {name} has no values; remove it" for name in allowed if 0 in files.shapes[name]]
-    extra = [f"left over: {name} {list(files.shapes[name])}" for name in beyond if name not in allowed]
+    misshaped += [f"empty: {name} has no values; remove it" for name in passthrough if 0 in files.shapes[name]]
+    extra = [f"left over: {name} {list(files.shapes[name])}" for name in beyond if name not in passthrough]
     if problems := missing + misshaped + extra:
         raise UserError(
             f"{files.folder}: weights do not fit config.json:\n" + format_problems(problems, limit=len(problems))
         )
-    return allowed
 
 
 def read_weights(files: WeightFiles, table: Sequence[Weight], prefix: str, abstract: Params) -> Params:

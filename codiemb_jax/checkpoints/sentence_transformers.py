@@ -1,6 +1,6 @@
 """sentence-transformers' files in a model folder, read and written: prompts, and what follows the transformer.
 
-modules.json lists them: pooling, then perhaps a linear layer, then perhaps normalisation.
+modules.json lists them: pooling, then perhaps a linear layer, then perhaps normalization.
 """
 
 from pathlib import Path

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from codiemb_jax.checkpoints.export import PROBES, sentence_prompts
 from codiemb_jax.checkpoints.model import PretrainedModel
 from codiemb_jax.checkpoints.safetensors import as_stored
 from codiemb_jax.models.build import Params
+from codiemb_jax.sharding import replicated
 from codiemb_jax.text.prompts import Tokens
 
 REQUIRED_COSINE = 0.99999
@@ -75,7 +75,8 @@ def verify(folder: Path, model: PretrainedModel, ours: TokenEmbedder) -> bool:
             table.add_row(*row, f"{cosine[i]:.7f}")
     console = Console()
     console.print(table)
-    console.print(f"worst cosine {min(cosines):.7f} over {len(cosines)} texts, required {REQUIRED_COSINE}")
+    if cosines:
+        console.print(f"worst cosine {min(cosines):.7f} over {len(cosines)} texts, required {REQUIRED_COSINE}")
     if off_by_one:
         console.print(
             f"{len(off_by_one)} more texts do not join the prompt's last space as the others do, and "
@@ -96,4 +97,4 @@ def as_written(model: PretrainedModel) -> Params:
     """The checkpoint's parameters in the types in which the exported folder holds them."""
     params, blueprint = model.stream(), model.blueprint
     params |= as_stored(params, model.family.weights, blueprint.prefix, blueprint.dtypes)
-    return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params, replicated(model.mesh))

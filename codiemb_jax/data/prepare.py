@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from codiemb_jax.batch import Task
@@ -55,7 +56,8 @@ def prepare(
       UserError: lines that cannot be used, listed by file, line and field; or a cache that cannot be written.
     """
     limits = [query_max_tokens, passage_max_tokens]
-    depends_on = json.dumps([FORMAT_VERSION, task, limits, tokenizer.fingerprint, _digest(path)])
+    digest = _digest(path)
+    depends_on = json.dumps([FORMAT_VERSION, task, limits, tokenizer.fingerprint, digest])
     fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
     # File systems allow names of 255 bytes, and the working folder's name is longer than this one.
     stem = path.stem.encode()[:100].decode(errors="ignore")
@@ -73,8 +75,13 @@ def prepare(
             ) from error
         with scratch:
             made = Path(scratch.name) / "made"
-            _Preparation(path, task, tokenizer, query_max_tokens, passage_max_tokens).write(made)
-            _move_into_place(made, folder)
+            try:
+                _Preparation(path, task, tokenizer, query_max_tokens, passage_max_tokens).write(made)
+                if _digest(path) != digest:
+                    raise UserError(f"{path}: has changed while it was read; start again")
+                _move_into_place(made, folder)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be prepared in the cache {cache}: {error}") from error
     return PreparedDataSet(path, task, folder)
 
 
@@ -176,14 +183,7 @@ class _Preparation:
         try:
             return iter(tokenize([triple for _, triple in texts], max_tokens))
         except EmptyContent as empty:
-            self._problems += [
-                f"{texts[i][0]}: the prompt leaves the text no room, expected data.{setting} >= {least}"
-                for i, least in empty.no_room.items()
-            ]
-            self._problems += [
-                f"{texts[i][0]}: the tokenizer makes no token of the text, expected a text it knows"
-                for i in empty.no_tokens
-            ]
+            self._problems += empty.at([place for place, _ in texts], f"data.{setting}")
             return iter(())
 
     def _example(self, record: Record, texts: Sequence[Tokens]) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _with_progress(path: Path, records: Iterator[Record]) -> Iterator[Record]:
         redirect_stderr=False,
         disable=not console.is_terminal,
     ) as progress:
-        bar = progress.add_task(f"tokenizing {path.name}", total=lines)
+        bar = progress.add_task(f"tokenizing {escape(path.name)}", total=lines)
         for record in records:
             yield record
             progress.update(bar, completed=record.line)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytrec_eval
@@ -11,12 +10,10 @@ from scipy.stats import spearmanr
 
 from codiemb_jax.config import EvaluationSettings
 from codiemb_jax.embedder import Embedder
-from codiemb_jax.errors import UserError
+from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.text.prompts import EmptyContent, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Triple, data_set_names, find_files, read_records
-
-HeldOutMetrics = dict[str, float]
-"""Metrics by `FILE METRIC`."""
+from codiemb_jax.training.run_folder import HeldOutMetrics
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,16 @@ class HeldOutSTS:
     def score(self, embedder: Embedder) -> tuple[str, float]:
         """Spearman correlation of cosine similarity and score."""
         similarity = np.sum(_directions(embedder, self.first) * _directions(embedder, self.second), axis=1)
-        correlation = float(spearmanr(similarity, self.scores).statistic)
-        return "Spearman", 0.0 if np.isnan(correlation) else correlation  # NaN: all similarities are equal
+        if not np.ptp(similarity):  # equal similarities rank nothing
+            return "Spearman", 0.0
+        return "Spearman", float(spearmanr(similarity, self.scores).statistic)
 
 
 def _directions(embedder: Embedder, texts: Sequence[Tokens]) -> np.ndarray:
     """Vectors of length 1, whether or not the model's own are."""
     vectors = embedder.embed_tokens(texts)
+    if not np.isfinite(vectors).all():
+        raise UserError("the model's embeddings of held-out texts are NaN or infinite")
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
@@ -64,18 +64,16 @@ HeldOut = HeldOutIR | HeldOutSTS
 
 
 def read_held_out(settings: EvaluationSettings, tokenizer: PromptTokenizer, max_tokens: int) -> list[HeldOut]:
-    """Reads and tokenises every held-out file.  UserError for whatever in them cannot be used."""
-    ir, sts = find_files(settings.ir, "evaluation.ir"), find_files(settings.sts, "evaluation.sts")
-    return [
-        *(
-            _read(_read_ir, path, name, tokenizer, max_tokens)
-            for path, name in zip(ir, data_set_names(ir), strict=True)
-        ),
-        *(
-            _read(_read_sts, path, name, tokenizer, max_tokens)
-            for path, name in zip(sts, data_set_names(sts), strict=True)
-        ),
-    ]
+    """Reads and tokenizes every held-out file.  UserError for whatever in them cannot be used."""
+    held_out: list[HeldOut] = []
+    readers: tuple[tuple[str, list[Path], Callable[..., HeldOut]], ...] = (
+        ("evaluation.ir", settings.ir, _read_ir),
+        ("evaluation.sts", settings.sts, _read_sts),
+    )
+    for setting, paths, read in readers:
+        files = find_files(paths, setting)
+        held_out += [read(p, name, tokenizer, max_tokens) for p, name in zip(files, data_set_names(files), strict=True)]
+    return held_out
 
 
 def evaluate(embedder: Embedder, held_out: Sequence[HeldOut]) -> HeldOutMetrics:
@@ -87,31 +85,27 @@ def evaluate(embedder: Embedder, held_out: Sequence[HeldOut]) -> HeldOutMetrics:
     return metrics
 
 
-def _read(read: Callable[..., HeldOut], path: Path, *how: Any) -> HeldOut:
-    try:
-        return read(path, *how)
-    except EmptyContent as error:
-        raise UserError(f"{path}: {error}") from error
-
-
 def _read_ir(path: Path, name: str, tokenizer: PromptTokenizer, max_tokens: int) -> HeldOutIR:
-    records = list(read_records(path, "ir"))
-    records = [
-        record._replace(
-            positives=tuple(passage._replace(task="") for passage in record.positives),  # not read of passages
-            negatives=tuple(passage._replace(task="") for passage in record.negatives),
-        )
-        for record in records
-    ]
     places: dict[Triple, int] = {}
-    for record in records:
-        for passage in record.positives + record.negatives:
-            places.setdefault(passage, len(places))
+    queries: list[tuple[str, Triple]] = []
+    passages: list[tuple[str, Triple]] = []
+    relevant: list[set[int]] = []
+    for record in read_records(path, "ir"):
+        queries.append((f"{path}:{record.line}: query", record.query))
+        found = []
+        for field in ("positives", "negatives"):
+            for i, passage in enumerate(getattr(record, field)):
+                passage = passage._replace(task="")  # not read of passages
+                if passage not in places:
+                    places[passage] = len(passages)
+                    passages.append((f"{path}:{record.line}: {field}[{i}]", passage))
+                found.append(places[passage])
+        relevant.append(set(found[: len(record.positives)]))
     return HeldOutIR(
         name=name,
-        queries=tokenizer.tokenize_queries([record.query for record in records], max_tokens),
-        passages=tokenizer.tokenize_passages(list(places), max_tokens),
-        relevant=[{places[passage] for passage in record.positives} for record in records],
+        queries=_tokenize(tokenizer.tokenize_queries, queries, max_tokens),
+        passages=_tokenize(tokenizer.tokenize_passages, passages, max_tokens),
+        relevant=relevant,
     )
 
 
@@ -120,6 +114,21 @@ def _read_sts(path: Path, name: str, tokenizer: PromptTokenizer, max_tokens: int
     scores = [record.score for record in records if record.score is not None]
     if len(set(scores)) < 2:
         raise UserError(f"{path}: all pairs have the same score; a rank correlation needs at least two")
-    first = tokenizer.tokenize_queries([record.query for record in records], max_tokens)
-    second = tokenizer.tokenize_queries([record.positives[0] for record in records], max_tokens)
-    return HeldOutSTS(name, first, second, scores)
+    first = [(f"{path}:{record.line}: query", record.query) for record in records]
+    second = [(f"{path}:{record.line}: positives[0]", record.positives[0]) for record in records]
+    return HeldOutSTS(
+        name=name,
+        first=_tokenize(tokenizer.tokenize_queries, first, max_tokens),
+        second=_tokenize(tokenizer.tokenize_queries, second, max_tokens),
+        scores=scores,
+    )
+
+
+def _tokenize(
+    tokenize: Callable[[Sequence[Triple], int], list[Tokens]], texts: Sequence[tuple[str, Triple]], max_tokens: int
+) -> list[Tokens]:
+    try:
+        return tokenize([triple for _, triple in texts], max_tokens)
+    except EmptyContent as empty:
+        problems = empty.at([place for place, _ in texts], "data.query_max_tokens and data.passage_max_tokens")
+        raise UserError(f"texts without a content token:\n{format_problems(problems)}") from empty

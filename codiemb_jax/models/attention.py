@@ -23,52 +23,27 @@ class Attention:
         positions: jax.Array,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """See `attend`."""
-        return attend(
-            query,
-            key,
-            value,
-            segment_ids,
-            positions,
-            causal=self.causal,
-            dropout_rate=self.dropout_rate,
-            dropout_keys=dropout_keys,
-        )
+        """
+        query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, tokens, head_dim], where kv_heads divides
+        heads (grouped queries); segment_ids, positions: int [rows, tokens]; dropout_keys: one random key per token
+        [rows, tokens], None for no dropout.  Scores and softmax are float32.
 
-
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    *,
-    causal: bool,
-    dropout_rate: float,
-    dropout_keys: jax.Array | None,
-) -> jax.Array:
-    """Computes `Attention` with XLA.
-
-    query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, tokens, head_dim], where kv_heads divides heads
-    (grouped queries); segment_ids, positions: int [rows, tokens]; dropout_keys: one random key per token
-    [rows, tokens], None for no dropout.  Scores and softmax are float32.
-
-    Returns [rows, heads, tokens, head_dim] in the dtype of `value`.
-    """
-    rows, heads, tokens, head_dim = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, tokens, head_dim)
-    scores = jnp.einsum("rkgqd,rksd->rkgqs", grouped, key, preferred_element_type=jnp.float32)
-    visible = segment_ids[:, :, None] == segment_ids[:, None, :]
-    if causal:
-        visible &= jnp.tril(jnp.ones((tokens, tokens), bool))
-    # Padding is a segment of its own, so every row of scores has something to see.
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if dropout_keys is not None and dropout_rate > 0:
-        kept = _kept(dropout_keys, positions, heads, 1 - dropout_rate).reshape(weights.shape)
-        weights = jnp.where(kept, weights / (1 - dropout_rate), 0.0)
-    attended = jnp.einsum("rkgqs,rksd->rkgqd", weights.astype(value.dtype), value)
-    return attended.reshape(rows, heads, tokens, head_dim)
+        Returns [rows, heads, tokens, head_dim] in the dtype of `value`.
+        """
+        rows, heads, tokens, head_dim = query.shape
+        grouped = query.reshape(rows, key.shape[1], -1, tokens, head_dim)
+        scores = jnp.einsum("rkgqd,rksd->rkgqs", grouped, key, preferred_element_type=jnp.float32)
+        visible = segment_ids[:, :, None] == segment_ids[:, None, :]
+        if self.causal:
+            visible &= jnp.tril(jnp.ones((tokens, tokens), bool))
+        # Padding is a segment of its own, so every row of scores has something to see.
+        scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1)
+        if dropout_keys is not None and self.dropout_rate > 0:
+            kept = _kept(dropout_keys, positions, heads, 1 - self.dropout_rate).reshape(weights.shape)
+            weights = jnp.where(kept, weights / (1 - self.dropout_rate), 0.0)
+        attended = jnp.einsum("rkgqs,rksd->rkgqd", weights.astype(value.dtype), value)
+        return attended.reshape(rows, heads, tokens, head_dim)
 
 
 def _kept(dropout_keys: jax.Array, positions: jax.Array, heads: int, probability: float) -> jax.Array:

@@ -52,7 +52,7 @@ class DecoderConfig:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Normalises the last axis in float32, then scales in the type of x, as transformers does."""
+    """Normalizes the last axis in float32, then scales in the type of x, as transformers does."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return wide.astype(x.dtype) * scale.astype(x.dtype)

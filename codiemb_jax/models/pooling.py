@@ -32,6 +32,6 @@ def _weights(rows: TokenRows, slots: int, pooling: str) -> jax.Array:
 
 
 def unit(vectors: jax.Array) -> jax.Array:
-    """Scales the last axis to length 1; zeros stay zeros, with a zero gradient."""
+    """Scales the last axis to length 1; zeros stay zeros, with a finite gradient."""
     squares = jnp.sum(vectors * vectors, axis=-1, keepdims=True)
     return vectors * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))

@@ -15,11 +15,11 @@ def pearson(similarity: jax.Array, scores: jax.Array) -> jax.Array:
     similarity, scores: [pairs].  Returns a scalar: 0, with a zero gradient, if all scores are equal;
     otherwise 1, with a finite gradient, if all similarities are.
     """
-    predicted, true = _standardised(similarity), _standardised(scores.astype(similarity.dtype))
+    predicted, true = _standardized(similarity), _standardized(scores.astype(similarity.dtype))
     return jnp.where(jnp.any(true != 0), 1 - jnp.mean(predicted * true), 0)
 
 
-def _standardised(values: jax.Array) -> jax.Array:
+def _standardized(values: jax.Array) -> jax.Array:
     """[pairs] with mean 0 and variance 1; zeros if all are equal."""
     # Equal values minus their mean may leave rounding errors, which the division would blow up.
     values = values - values[0]

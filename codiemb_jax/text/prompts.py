@@ -42,6 +42,13 @@ class EmptyContent(UserError):
         problems += [f"text {i}: the tokenizer makes no token of it" for i in no_tokens]
         super().__init__(f"texts without a content token:\n{format_problems(problems)}")
 
+    def at(self, places: Sequence[str], setting: str) -> list[str]:
+        """The problems, each text called by its place (file, line and field); `setting` is that of the limit."""
+        return [
+            f"{places[i]}: the prompt leaves the text no room, expected {setting} >= {least}"
+            for i, least in self.no_room.items()
+        ] + [f"{places[i]}: the tokenizer makes no token of the text, expected a text it knows" for i in self.no_tokens]
+
 
 class PromptTokenizer:
     """Turns triples into token ids with one tokenizer and one prompt."""
@@ -57,12 +64,12 @@ class PromptTokenizer:
         if tokenizer.pad_token_id is None:
             raise UserError("the tokenizer has no pad token; set pad_token in its tokenizer_config.json")
         self._prompt = prompt
-        # The tokenizer inside, for it is three times as fast and never warns of long texts.
+        # The backend tokenizer: it is three times as fast and never warns of long texts.
         self._tokenizer = tokenizer.backend_tokenizer
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special_ids("begin", prompt.begin, special)
         self._end = self._special_ids("end", prompt.end, special)
-        # Left out: the default instruction, which is written into a text by whoever makes its triple.
+        # The default instruction is left out: it reaches a text only through its triple.
         strings = [prompt.begin, prompt.query, prompt.passage, prompt.end]
         content = self._tokenizer.to_str() + json.dumps([*strings, prompt.include_in_pooling])
         self._fingerprint = hashlib.sha256(content.encode()).hexdigest()

@@ -128,7 +128,7 @@ def read_records(path: Path, task: Task) -> Iterator[Record]:
             else:
                 problems += [f"{path}:{number}: {problem}" for problem in record]
     if empty:
-        raise UserError(f"{path}: the file is empty, expected one JSON object a line")
+        raise UserError(f"{path}: the file is empty, expected one JSON object per line")
     if problems:
         raise UserError(f"the {task} data cannot be used:\n{format_problems(problems)}")
 
@@ -153,7 +153,7 @@ class _Line:
         fields = self._fields(line)
         if fields is None:
             return self.problems
-        self._task_type(fields.get("task_type", self.task))  # what is missing has been told already
+        self._task_type(fields.get("task_type", self.task))  # what is missing is reported already
         query = self._triple("query", fields["query"]) if "query" in fields else NOTHING
         positives = self._triples("positives", fields["positives"]) if "positives" in fields else None
         negatives = self._triples("negatives", fields.get("negatives", []))
@@ -180,10 +180,10 @@ class _Line:
             return None
         except (ValueError, RecursionError) as error:
             # Not JSONDecodeError alone: a number of thousands of digits is a bare ValueError.
-            self.problems.append(f"invalid JSON ({error}), expected one JSON object a line")
+            self.problems.append(f"invalid JSON ({error}), expected one JSON object per line")
             return None
         if not isinstance(value, _Object):
-            self.problems.append(f"{_shown(value)} is not an object, expected one JSON object a line")
+            self.problems.append(f"{_shown(value)} is not an object, expected one JSON object per line")
             return None
         for key, times in Counter(key for key, _ in value.pairs).items():
             if key not in REQUIRED + OPTIONAL:

@@ -1,19 +1,19 @@
 """Text -> token ids as sentence-transformers does it, for model folders that it describes."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
+from codiemb_jax.config import Flag
+from codiemb_jax.errors import UserError
 from codiemb_jax.text.prompts import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Flag = Annotated[bool, Field(strict=True)]
 
 
 class SentencePrompts(BaseModel):
@@ -47,6 +47,9 @@ class SentenceTokenizer:
 
         The number of prompt tokens is that of the prompt alone, as sentence-transformers counts it.
         """
+        special = self._tokenizer.num_special_tokens_to_add(False)
+        if max_tokens <= special:
+            raise UserError(f"a longest text of {max_tokens} tokens leaves no room beside {special} special tokens")
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens, direction=self._side)
         head = 0

@@ -4,10 +4,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
-from codiemb_jax.batch import TASKS
+from codiemb_jax.batch import TASKS, Task
 from codiemb_jax.checkpoints.export import check_exportable
 from codiemb_jax.checkpoints.model import PretrainedModel, open_model
 from codiemb_jax.config import MAX_INT, Settings
@@ -58,6 +59,7 @@ def open_training_model(settings: Settings) -> TrainingModel:
     Raises:
       UserError: the model cannot be used, or the mesh or the batch sizes do not fit.
     """
+    check_objectives(settings)
     settings = with_platform_defaults(settings)
     mesh = make_mesh(settings.mesh)
     check_batches(settings, row_shards(mesh))
@@ -82,8 +84,7 @@ def open_run(start: TrainingModel) -> Run:
     read = {
         "model.path": [start.model.folder.path],
         **{f"data.{task}": [*getattr(settings.data, task), *files[task]] for task in TASKS},
-        "evaluation.ir": settings.evaluation.ir,
-        "evaluation.sts": settings.evaluation.sts,
+        **{f"evaluation.{task}": held_out_files(settings, task) for task in TASKS},
     }
     folder.check_place(read)
     limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
@@ -109,6 +110,12 @@ def open_run(start: TrainingModel) -> Run:
     return Run(start, data_sets, names, plan, steps, folder, inputs)
 
 
+def held_out_files(settings: Settings, task: Task) -> list[Path]:
+    """The paths given, and the files found below them."""
+    paths = getattr(settings.evaluation, task)
+    return [*paths, *find_files(paths, f"evaluation.{task}")]
+
+
 def with_platform_defaults(settings: Settings) -> Settings:
     """On a CPU the model computes in float32 unless the settings name a dtype: bfloat16 is slower there."""
     if jax.default_backend() != "cpu" or "compute_dtype" in settings.model.model_fields_set:
@@ -118,7 +125,8 @@ def with_platform_defaults(settings: Settings) -> Settings:
 
 
 def check_batches(settings: Settings, shards: int) -> None:
-    """
+    """Checks that batches divide over the mesh.
+
     Raises:
       UserError: devices would get different numbers of examples in a chunk or, with sampler: mixed, broken groups.
     """
@@ -140,10 +148,25 @@ def check_batches(settings: Settings, shards: int) -> None:
         raise UserError("batch sizes do not divide over the mesh:\n" + format_problems(problems))
 
 
-def check_negatives(settings: Settings, sources: Sequence[Source]) -> None:
-    """
+def check_objectives(settings: Settings) -> None:
+    """Checks that the objectives can learn from what the settings ask for.
+
     Raises:
-      UserError: an objective needs negatives, and a data set has none.
+      UserError: one needs negatives, and none are asked for.
+    """
+    for task in settings.tasks:
+        if OBJECTIVES[task.objective][task.name].needs_negatives and not settings.data.negatives_per_query:
+            raise UserError(
+                f"objective.{task.name}: {task.objective} compares positives with negatives: set "
+                "data.negatives_per_query"
+            )
+
+
+def check_negatives(settings: Settings, sources: Sequence[Source]) -> None:
+    """Checks that the objectives can learn from the data.
+
+    Raises:
+      UserError: one needs negatives, and a data set has none.
     """
     for task in settings.tasks:
         if OBJECTIVES[task.objective][task.name].needs_negatives:

@@ -170,7 +170,7 @@ class RunFolder:
             if earlier.get(name) != now.get(name) and not str(name).startswith(FREE_TO_CHANGE)
         ]
         differences += [
-            f"{name}: was {was}, now {inputs.get(name)}"
+            f"{name}: {_difference(was, inputs.get(name))}"
             for name, was in sorted({**dict.fromkeys(inputs), **dict(earlier_inputs)}.items())
             if was != inputs.get(name)
         ]
@@ -221,10 +221,13 @@ class RunFolder:
         try:
             write(scratch / self.export.name)
             # Written down before it is there, so that a run killed in between knows its own.
-            self._write_exports([*self._exports(), folder_digest(scratch / self.export.name)][-2:])
+            digest = folder_digest(scratch / self.export.name)
+            self._write_exports(list(dict.fromkeys([*self._exports(), digest])))
             self._check_export()
-            shutil.rmtree(self.export, ignore_errors=True)
+            if self.export.exists():
+                self.export.rename(scratch / "replaced")
             (scratch / self.export.name).rename(self.export)
+            self._write_exports([digest])
         except OSError as error:
             raise UserError(f"{self.export}: cannot be written: {error.strerror}") from error
         finally:
@@ -245,6 +248,13 @@ class RunFolder:
 
     def _write_exports(self, digests: list[str]) -> None:
         write_json(self.inputs, read_json(self.inputs, dict) | {"exports": digests})
+
+
+def _difference(was: str | None, now: str | None) -> str:
+    """How an input of a run differs: a fingerprint or a number of devices."""
+    if was is None or now is None:
+        return "is new" if was is None else "is gone"
+    return f"was {was}, now {now}" if len(now) < 8 else "its content has changed"
 
 
 def _look_up(path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from codiemb_jax.checkpoints.families.family import AboveZero, HFConfig, Positive, Rate, Weight, check_config
+from codiemb_jax.checkpoints.families.family import HFConfig, Weight, check_config
+from codiemb_jax.config import AboveZero, Fraction, Positive
 from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.rope import Rope
 
@@ -41,7 +42,7 @@ class HFDecoder(HFConfig):
     head_dim: Positive | None = None
     rms_norm_eps: AboveZero
     max_position_embeddings: Positive = 2048
-    attention_dropout: Rate = 0.0
+    attention_dropout: Fraction = 0.0
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False

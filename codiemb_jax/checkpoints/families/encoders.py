@@ -5,7 +5,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import model_validator
 
-from codiemb_jax.checkpoints.families.family import AboveZero, HFConfig, Positive, Rate, Weight, check_config
+from codiemb_jax.checkpoints.families.family import HFConfig, Weight, check_config
+from codiemb_jax.config import AboveZero, Fraction, Positive
 from codiemb_jax.models.encoder import ACTIVATIONS, EncoderConfig
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
@@ -21,8 +22,8 @@ class HFEncoder(HFConfig):
     max_position_embeddings: Positive = 512
     position_embedding_type: Literal["absolute"] | None = "absolute"
     type_vocab_size: Positive = 2
-    hidden_dropout_prob: Rate = 0.1
-    attention_probs_dropout_prob: Rate = 0.1
+    hidden_dropout_prob: Fraction = 0.1
+    attention_probs_dropout_prob: Fraction = 0.1
     is_decoder: Literal[False] = False
     add_cross_attention: Literal[False] = False
     chunk_size_feed_forward: Literal[0] = 0

@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from codiemb_jax.config import Positive
 from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.models.encoder import Encoder
@@ -39,11 +40,6 @@ class Family:
     """config.json -> config.json of the equal architecture that transformers itself knows."""
     causal: bool = False
     """Whether transformers attends causally where config.json says nothing."""
-
-
-Positive = Annotated[int, Field(strict=True, gt=0)]
-Rate = Annotated[float, Field(strict=True, ge=0, lt=1)]
-AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 class HFConfig(BaseModel):

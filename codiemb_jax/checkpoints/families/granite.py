@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from codiemb_jax.checkpoints.families.decoders import LM_EXTRAS, HFDecoder, decoder_weights, read_decoder_config
-from codiemb_jax.checkpoints.families.family import AboveZero, Family, check_config
+from codiemb_jax.checkpoints.families.family import Family, check_config
+from codiemb_jax.config import AboveZero
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.decoder import Decoder, DecoderConfig
 

@@ -11,7 +11,8 @@ from codiemb_jax.checkpoints.families.decoders import (
     decoder_weights,
     read_decoder_config,
 )
-from codiemb_jax.checkpoints.families.family import AboveZero, Family, check_config
+from codiemb_jax.checkpoints.families.family import Family, check_config
+from codiemb_jax.config import AboveZero
 from codiemb_jax.models.decoder import Decoder, DecoderConfig
 
 
