@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel
 
+from codiemb_jax.checkpoints.model import open_model
+from codiemb_jax.checkpoints.safetensors import WeightFiles
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
-from codiemb_jax.data.loader import padded_rows
+from codiemb_jax.models.embed import embed
+from codiemb_jax.sharding import make_mesh
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import Triple
-from codiemb_jax.models.embed import embed
-from codiemb_jax.checkpoints.safetensors import WeightFiles
-from codiemb_jax.sharding import make_mesh
-from codiemb_jax.checkpoints.model import open_model
+from codiemb_jax.text.rows import pad
 
 TEXTS = (
     "what is the capital of France",
@@ -68,7 +68,7 @@ def worst_cosine(checkpoint: Path, stock: Path) -> float:
     tokens = PromptTokenizer(model.blueprint.tokenizer(), PromptSettings()).tokenize_queries(
         [Triple("Find the answer", "", text) for text in TEXTS], 512
     )
-    rows = padded_rows(tokens, max(text.ids.size for text in tokens))
+    rows = pad(tokens, max(text.ids.size for text in tokens))
     ours = np.asarray(jax.jit(lambda params: embed(nnx.merge(model.graph, params), rows))(model.load()), np.float64)
     jax.clear_caches()
     qwen3 = AutoModel.from_pretrained(stock, dtype=torch.float32).eval()

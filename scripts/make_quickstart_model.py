@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from codiemb_jax.config import ModelSettings
-from codiemb_jax.text.records import find_files
-from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.checkpoints.families import family_of
 from codiemb_jax.checkpoints.safetensors import named_weights, write_weights
+from codiemb_jax.config import ModelSettings
+from codiemb_jax.models.decoder import Decoder
+from codiemb_jax.text.records import find_files
 
 HOME = Path(__file__).parent.parent / "codiemb_jax" / "quickstart"
 CONFIG = {
@@ -84,7 +84,7 @@ def main() -> None:
     table = family.weights
     model = Decoder(family.read_config(CONFIG), ModelSettings(path=str(folder), compute_dtype="float32"), nnx.Rngs(49))
     params = nnx.to_pure_dict(nnx.state(model))
-    # Large beside what the layers add: an passthrough vector then tells a text's words, and training has a start.
+    # Large beside what the layers add: an untrained vector then tells a text's words, and training has a start.
     params["embedding"] *= 4
     dtypes = {name: "F32" for name, _ in named_weights(params, table, "")}
     write_weights(folder, params, {}, table, "", dtypes)

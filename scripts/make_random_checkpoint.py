@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 import codiemb_jax
-from codiemb_jax.config import MeshSettings, ModelSettings
-from codiemb_jax.files import write_json
 from codiemb_jax.checkpoints.families import family_of
 from codiemb_jax.checkpoints.safetensors import NUMPY_TYPES, LazyArray, weight_names, write_weights
+from codiemb_jax.config import MeshSettings, ModelSettings
+from codiemb_jax.files import write_json
+from codiemb_jax.models.build import abstract_model
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.training.state import abstract_model
 
 PACKAGE = Path(codiemb_jax.__file__).parent
 SHAPES = {path.stem: path for path in sorted((PACKAGE / "shapes").glob("*.json"))}
@@ -67,7 +67,7 @@ def make(shape: str, output: Path, **changes: Any) -> None:
     config = json.loads(SHAPES[shape].read_text(encoding="utf-8")) | changes
     family = family_of(config)
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
-    _, abstract = abstract_model(family, family.read_config(config), ModelSettings(path=shape), mesh)
+    _, abstract = abstract_model(family.model, family.read_config(config), ModelSettings(path=shape), mesh)
     dtype = NUMPY_TYPES[TYPES[config["torch_dtype"]]]
 
     def lazy(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> LazyArray:

@@ -6,13 +6,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codiemb_jax.errors import UserError
 from codiemb_jax.checkpoints.blueprint import Blueprint
-from codiemb_jax.checkpoints.orbax import restore_blueprint
-from codiemb_jax.checkpoints.model import ModelFolder
+from codiemb_jax.checkpoints.model import PretrainedModel
+from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint
+from codiemb_jax.errors import UserError
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
-from tests.checkpoints.test_safetensors import DTYPES, MIXED, Weights, assert_bitwise, load_all, open_folder, save, write_again
+from tests.checkpoints.test_safetensors import (
+    DTYPES,
+    MIXED,
+    Weights,
+    assert_bitwise,
+    load_all,
+    open_folder,
+    save,
+    write_again,
+)
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -171,8 +180,8 @@ def test_a_checkpoint_keeps_the_types_in_which_weights_came(make, tmp_path):
     """So that it is no larger than what it was made of."""
     weights = random_weights("", "bert", False, ("BF16",))
     hf_to_orbax(["--model", str(make("bert", weights)), "--output", str(tmp_path / "orbax")])
-    model: ModelFolder = open_folder(tmp_path / "orbax")
-    assert isinstance(restore_blueprint(tmp_path / "orbax"), Blueprint)
+    model: PretrainedModel = open_folder(tmp_path / "orbax")
+    assert isinstance(OrbaxCheckpoint(tmp_path / "orbax").blueprint, Blueprint)
     streamed = model.stream()
     assert {str(leaf.dtype) for leaf in streamed["layers"].values()} == {"bfloat16"}
     loaded = model.load()

@@ -27,22 +27,20 @@ from transformers import (
     XLMRobertaForMaskedLM,
 )
 
+from codiemb_jax.checkpoints.blueprint import Blueprint
+from codiemb_jax.checkpoints.export import write_export
+from codiemb_jax.checkpoints.model import open_checkpoint, open_model
+from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
+from codiemb_jax.checkpoints.safetensors import LazyArray
+from codiemb_jax.checkpoints.verify import as_written, verify
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
-from codiemb_jax.text.prompts import PromptTokenizer
-from codiemb_jax.text.records import Triple
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
-from codiemb_jax.checkpoints.export import write_export
-from codiemb_jax.checkpoints.blueprint import Blueprint
-from codiemb_jax.checkpoints.safetensors import LazyArray
-from codiemb_jax.checkpoints.orbax import restore_blueprint, save_model
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.checkpoints.model import open_model
-from convert import orbax_to_hf as program
+from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.text.records import Triple
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
-from convert.orbax_to_hf import open_checkpoint
-from codiemb_jax.checkpoints.verify import verify
 
 TINY = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -310,7 +308,7 @@ def make_checkpoint(folder: Path, output: Path, prompt: PromptSettings, max_toke
 
 
 def encoder_of(blueprint: Blueprint) -> PromptTokenizer:
-    return PromptTokenizer(blueprint.tokenizer(), PromptSettings(**blueprint.prompt))
+    return PromptTokenizer(blueprint.tokenizer(), blueprint.prompt)
 
 
 def ids_of(model: SentenceTransformer, text: str, kind: str) -> list[int]:
@@ -326,7 +324,7 @@ def test_special_tokens_at_both_ends(utu, tmp_path):
     model = sentence_transformer(tmp_path / "export")
     assert model.prompts == {"query": "<s>Find it: ", "document": "<s>Passage: "}
     assert model.max_seq_length == 96
-    encoder = encoder_of(restore_blueprint(tmp_path / "orbax"))
+    encoder = encoder_of(OrbaxCheckpoint(tmp_path / "orbax").blueprint)
     kinds = {"query": (encoder.tokenize_queries, "Find it"), "document": (encoder.tokenize_passages, "")}
     for kind, (encode, instruction) in kinds.items():
         for text, ours in zip(
@@ -352,7 +350,7 @@ def test_a_tokenizer_that_joins_the_prompts_blank_with_the_first_word(golden, tm
     assert_same_weights(tmp_path / "export", source)
     model = sentence_transformer(tmp_path / "export")
     texts = ["what is the capital of France", "How do plants make sugar out of light?", "the committee met " * 25]
-    encoder = encoder_of(restore_blueprint(tmp_path / "orbax"))
+    encoder = encoder_of(OrbaxCheckpoint(tmp_path / "orbax").blueprint)
     instruction = PromptSettings().default_instruction
     for text, ours in zip(
         texts, encoder.tokenize_queries([Triple(instruction, "", text.strip()) for text in texts], 256), strict=True
@@ -402,6 +400,7 @@ POOLINGS = {
     "weighted_mean": "weightedmean_tokens",
 }
 WRAPPED = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
+INCLUDED = WRAPPED.model_copy(update={"include_in_pooling": True})
 
 
 @pytest.mark.parametrize(
@@ -411,6 +410,8 @@ WRAPPED = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
         ("xlm-roberta", {"pooling": "mean"}, WRAPPED),
         ("xlm-roberta", {"pooling": "last_token", "normalize": False}, WRAPPED),
         ("minicpm", {"pooling": "weighted_mean"}, PromptSettings(query="", end="</s>")),
+        ("minicpm", {"pooling": "weighted_mean"}, INCLUDED),
+        ("xlm-roberta", {"pooling": "mean"}, INCLUDED),
         ("utu", {"pooling": "cls", "projection_dim": 20}, PromptSettings()),
         ("bert", {"pooling": "mean", "projection_dim": 64, "normalize": False}, WRAPPED),
         ("llama", {"pooling": "last_token", "attention": "causal"}, WRAPPED),
@@ -430,14 +431,13 @@ def test_every_pooling_and_projection_in_sentence_transformers(kind, settings, p
     assert [name for name in pooling if pooling[name] is True and name != "include_prompt"] == [
         f"pooling_mode_{POOLINGS[settings['pooling']]}"
     ]
+    assert pooling["include_prompt"] is (prompt.include_in_pooling or settings["pooling"] != "mean")
     theirs = sentence_transformer(tmp_path / "export")
     texts = [text.strip() for text in TEXTS]
-    encoder = PromptTokenizer(model.blueprint.tokenizer(), prompt)
-    ours = Embedder(
-        model.graph, encoder, mesh, 600, prompt.default_instruction, settings.get("normalize", True)
-    ).with_params(params)
+    ours = Embedder(model.graph, params, model.blueprint, mesh)
     instruction = prompt.default_instruction if prompt.query else ""
-    queries, documents = ours.encode_query(texts, instruction), ours.encode_document(texts)
+    queries, documents = ours.encode_query(texts, instruction=instruction), ours.encode_document(texts)
+    np.testing.assert_array_equal(ours.encode_query(texts), queries)
     assert queries.shape == (5, settings.get("projection_dim", 48))
     np.testing.assert_allclose(theirs.encode_query(texts), queries, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(theirs.encode_document(texts), documents, atol=1e-4, rtol=1e-4)
@@ -450,7 +450,7 @@ def test_the_direction_of_attention_goes_with_an_export(utu, tmp_path):
     settings = ModelSettings(path=str(utu.model), attention="causal")
     model = open_model(settings, PromptSettings(), mesh)
     write_export(tmp_path / "export", model.load(), {}, model.blueprint, stock=True)
-    assert open_model(settings, PromptSettings(), mesh).stored == {}
+    assert open_model(settings, PromptSettings(), mesh).folder.stored == {}
     hf_to_orbax(["--model", str(tmp_path / "export"), "--output", str(tmp_path / "orbax")])
     assert open_checkpoint(tmp_path / "orbax").blueprint.encoding["attention"] == "causal"
 
@@ -522,8 +522,13 @@ def take_normalisation_out(export: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text())[:2]))
 
 
+def verified(folder: Path, checkpoint: Path) -> bool:
+    model = open_checkpoint(checkpoint)
+    return verify(folder, model, Embedder(model.graph, as_written(model), model.blueprint, model.mesh))
+
+
 def test_verify_accepts_what_was_exported(utu, capsys):
-    assert verify(utu.export, open_checkpoint(utu.checkpoint)) is True
+    assert verified(utu.export, utu.checkpoint) is True
     assert "DIFFER" not in capsys.readouterr().out
 
 
@@ -536,20 +541,18 @@ def test_verify_finds_what_is_wrong(spoil, utu, tmp_path, capsys):
     before = content_of(folder)
     spoil(folder)
     assert content_of(folder) != before
-    assert verify(folder, open_checkpoint(utu.checkpoint)) is False
+    assert verified(folder, utu.checkpoint) is False
     output = capsys.readouterr().out
     assert "ids or vectors differ" in output
     assert ("DIFFER" in output) == (spoil is append_a_token)
 
 
 def test_a_failed_verification_ends_the_program_as_an_error_of_ours(utu, tmp_path, monkeypatch):
-    original = program.write_export
-
-    def write_export(folder: Path, *arguments, **options) -> None:
-        original(folder, *arguments, **options)
+    def write_and_spoil(folder: Path, *arguments, **options) -> None:
+        write_export(folder, *arguments, **options)
         change_a_weight(folder)
 
-    monkeypatch.setattr(program, "write_export", write_export)
+    monkeypatch.setattr("codiemb_jax.checkpoints.export.write_export", write_and_spoil)
     with pytest.raises(SystemExit) as caught:
         export(utu.checkpoint, tmp_path / "export")
     assert "verification failed" in str(caught.value.code)  # a message: exit code 1
@@ -594,7 +597,24 @@ def test_nothing_is_written_over(utu, tmp_path):
     ):
         with pytest.raises(UserError, match="there: already exists"):
             main([option, str(path), "--output", str(tmp_path / "there")])
+    model = open_checkpoint(utu.checkpoint)
+    with pytest.raises(UserError, match="there: already exists"):
+        write_export(tmp_path / "there", model.stream(), {}, model.blueprint, stock=True)
+    with pytest.raises(UserError, match="there: already exists"):
+        save_model(tmp_path / "there", model.stream(), {}, model.blueprint)
     assert content_of(tmp_path) == {"there/file": b"mine"}
+
+
+def test_nothing_is_written_into_what_is_read(utu):
+    before = content_of(utu.folder)
+    for main, option, path in (
+        (hf_to_orbax, "--model", utu.model),
+        (orbax_to_hf, "--checkpoint", utu.checkpoint),
+    ):
+        with pytest.raises(UserError, match=f"lies in {path}, which is read; give a folder outside of it"):
+            main([option, str(path), "--output", str(path / "a" / "output")])
+    assert content_of(utu.folder) == before
+    assert not list(utu.folder.glob("*/a"))
 
 
 def test_what_is_no_checkpoint_is_told(utu, tmp_path):
@@ -624,11 +644,11 @@ def test_a_checkpoint_is_not_converted_again(utu, tmp_path):
 def test_an_output_that_cannot_be_made_is_told(utu, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "folder", tmp_path / ("x" * 300)):
-        with pytest.raises(UserError, match=r"--output .* cannot be made"):
+        with pytest.raises(UserError, match=r"--output .* cannot be created"):
             hf_to_orbax(["--model", str(utu.model), "--output", str(output)])
-        with pytest.raises(UserError, match=r"--output .* cannot be made"):
+        with pytest.raises(UserError, match=r"--output .* cannot be created"):
             orbax_to_hf(["--checkpoint", str(utu.checkpoint), "--output", str(output)])
-    with pytest.raises(UserError, match=r"--output .* cannot be made"):
+    with pytest.raises(UserError, match=r"--output .* cannot be created"):
         hf_to_orbax(["--model", str(utu.model), "--output", str(tmp_path / "a" / "b" / ("x" * 300))])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -649,7 +669,8 @@ def test_an_exported_folder_is_a_model_that_encodes_alike(kind, settings, conver
     hf_to_orbax(["--model", str(tmp_path / "export"), "--output", str(tmp_path / "orbax")])
     for path in (tmp_path / "export", tmp_path / "orbax"):
         again = open_model(settings.model_copy(update={"path": str(path)}), PromptSettings(), mesh, 600)
-        assert again.stored.items() >= settings.model_dump(include={"pooling", "normalize", "projection_dim"}).items()
+        stored = again.folder.stored
+        assert stored.items() >= settings.model_dump(include={"pooling", "normalize", "projection_dim"}).items()
         for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(again.load(8)), strict=True):
             assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
     checkpoint = open_checkpoint(tmp_path / "orbax").blueprint

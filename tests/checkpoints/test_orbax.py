@@ -2,18 +2,22 @@
 
 import shutil
 import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 from safetensors.numpy import load_file, save_file
 
+from codiemb_jax.checkpoints.model import PretrainedModel, open_model
+from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
+from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
-from codiemb_jax.checkpoints.safetensors import LazyArray
-from codiemb_jax.checkpoints.orbax import restore_blueprint, save_model
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.checkpoints.model import open_model
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
 from scripts.make_random_checkpoint import make
@@ -29,13 +33,18 @@ def bytes_read() -> int:
     return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
+def open_array(item: Path, name: str) -> tensorstore.TensorStore:
+    """An array as it lies on disk."""
+    store = {"driver": "ocdbt", "base": f"file://{item}", "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+
+
 def test_one_device_of_a_mesh_reads_little_more_than_its_own_part(tmp_path):
     prime = {"vocab_size": 4093, "num_hidden_layers": 8}
     make("youtu_embedding", tmp_path / "model", **WIDE | prime)
     hf_to_orbax(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "orbax")])
     for name, shape in {"layers.up": (8, 1024, 2048), "embedding": (4093, 1024)}.items():
-        store = {"driver": "ocdbt", "base": f"file://{tmp_path / 'orbax' / 'params'}", "path": f"{name}/"}
-        array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+        array = open_array(tmp_path / "orbax" / "params", name)
         assert array.shape == shape
         before = bytes_read()
         array[..., 128:256, :].read().result() if len(shape) == 3 else array[:, 128:256].read().result()
@@ -83,30 +92,115 @@ def test_a_damaged_checkpoint_is_told(part, tiny, tmp_path):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=f"{folder}.*: the checkpoint cannot be read"):
-        open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings())).load()
+        open_settings(folder).load()
     with pytest.raises(UserError, match=f"{folder}.*: the checkpoint cannot be read"):
-        orbax_to_hf(["--checkpoint", str(folder), "--output", str(tmp_path / "export")])
-    assert not list(tmp_path.glob("export*"))
+        export(folder, tmp_path / "export")
+    assert not list(tmp_path.glob("*export*"))
 
 
-def test_a_checkpoint_that_lacks_a_weight_of_the_model_is_told(tiny, tmp_path):
-    shutil.copytree(tiny / "model", tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
+def export(checkpoint: Path, output: Path) -> None:
+    orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(output)])
+
+
+def open_settings(folder: Path, mesh: MeshSettings | None = None) -> PretrainedModel:
+    return open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(mesh or MeshSettings()))
+
+
+@pytest.fixture(scope="module")
+def with_pooler(tiny, tmp_path_factory):
+    """A model with a weight that an encoder does not use, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("with_pooler")
+    shutil.copytree(tiny / "model", folder / "model")
+    path = folder / "model" / "model.safetensors"
     save_file(load_file(path) | {"pooler.dense.weight": np.ones((64, 64), np.float32)}, path)
-    hf_to_orbax(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "orbax")])
-    shutil.rmtree(tmp_path / "orbax" / "passthrough")
-    with pytest.raises(UserError, match="the checkpoint is not whole, it lacks pooler.dense.weight"):
-        orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
-    assert not list(tmp_path.glob("export*"))
+    hf_to_orbax(["--model", str(folder / "model"), "--output", str(folder / "orbax")])
+    return folder
+
+
+def test_a_checkpoint_that_lacks_a_weight_of_the_model_is_told(with_pooler, tmp_path):
+    model = open_settings(with_pooler / "model")
+    save_model(tmp_path / "orbax", model.stream(), {}, model.blueprint)
+    with pytest.raises(UserError, match=r"the checkpoint is inconsistent:\n  pooler\.dense\.weight: missing"):
+        export(tmp_path / "orbax", tmp_path / "export")
+    shutil.copytree(with_pooler / "orbax", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "passthrough")
+    with pytest.raises(UserError, match=f"{tmp_path}/other/passthrough: the checkpoint cannot be read"):
+        export(tmp_path / "other", tmp_path / "export")
+    assert not list(tmp_path.glob("*export*"))
+
+
+@pytest.mark.parametrize(
+    ("item", "name", "place"),
+    [
+        ("params", "embedding", (1999, 63)),
+        ("params", "norm_bias", (5,)),
+        ("passthrough", "pooler.dense.weight", (0, 0)),
+    ],
+)
+def test_a_single_changed_value_is_told(item, name, place, with_pooler, tmp_path):
+    folder = tmp_path / "orbax"
+    shutil.copytree(with_pooler / "orbax", folder)
+    array = open_array(folder / item, name)
+    array[place] = np.nextafter(array[place].read().result(), np.float32(9))
+    message = f"{folder}: the checkpoint is damaged: {item}: {name} does not match its checksum"
+    if item == "params":
+        with pytest.raises(UserError, match=message):
+            open_settings(folder, MeshSettings(fsdp=4, tensor=2)).load()
+    with pytest.raises(UserError, match=message):
+        export(folder, tmp_path / "export")
+    assert not list(tmp_path.glob("*export*"))
+
+
+def write_manifest(folder: Path, change: Callable[[dict], Any]) -> None:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        manifest = change(checkpointer.restore(folder / "blueprint"))
+        checkpointer.save(folder / "blueprint", args=ocp.args.JsonSave(manifest), force=True)
+
+
+def test_a_changed_blueprint_is_told(tiny, tmp_path):
+    folder = tmp_path / "orbax"
+    shutil.copytree(tiny / "orbax", folder)
+    write_manifest(folder, lambda manifest: manifest)
+    assert OrbaxCheckpoint(folder).max_tokens == 512
+    write_manifest(folder, lambda manifest: manifest | {"blueprint": manifest["blueprint"] | {"max_tokens": 511}})
+    with pytest.raises(UserError, match=f"{folder}: the checkpoint is damaged: the blueprint does not match its check"):
+        OrbaxCheckpoint(folder)
+
+
+@pytest.mark.parametrize("part", ["params", "blueprint", "_CHECKPOINT_METADATA"])
+def test_what_lacks_a_part_is_no_checkpoint(part, tiny, tmp_path):
+    folder = tmp_path / "orbax"
+    shutil.copytree(tiny / "orbax", folder)
+    path = folder / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=rf"{folder} is not a checkpoint \(without {part}\)"):
+        export(folder, tmp_path / "export")
+    with pytest.raises(UserError, match=f"{folder}: config.json is missing"):
+        open_settings(folder)
 
 
 class OfAnotherVersion:
-    def to_json(self) -> dict:
-        return {"config": {}, "attention": "causal"}
+    def model_dump(self, mode: str) -> dict:
+        return {"version": 1, "config": {}, "attention": "causal"}
 
 
 def test_a_checkpoint_of_another_version_is_told(tmp_path):
     weight = LazyArray((2,), np.float32, lambda: np.ones(2, np.float32))
     save_model(tmp_path / "orbax", {"norm": weight}, {}, OfAnotherVersion())
     with pytest.raises(UserError, match=f"{tmp_path}/orbax: was written by another version of codiemb_jax"):
-        restore_blueprint(tmp_path / "orbax")
+        OrbaxCheckpoint(tmp_path / "orbax")
+    write_manifest(tmp_path / "orbax", lambda manifest: {"config": {}, "attention": "causal"})  # no manifest at all
+    with pytest.raises(UserError, match=f"{tmp_path}/orbax: was written by another version of codiemb_jax"):
+        OrbaxCheckpoint(tmp_path / "orbax")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tiny, tmp_path):
+    model = open_settings(tiny / "model")
+
+    def fail() -> np.ndarray:
+        raise UserError("unreadable")
+
+    params = model.stream() | {"norm": LazyArray((64,), np.float32, fail)}
+    with pytest.raises(UserError, match="unreadable"):
+        save_model(tmp_path / "orbax", params, {}, model.blueprint)
+    assert list(tmp_path.iterdir()) == []

@@ -17,13 +17,13 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from codiemb_jax.checkpoints.families import family_of
+from codiemb_jax.checkpoints.model import PretrainedModel, open_model
+from codiemb_jax.checkpoints.safetensors import WeightFiles, as_stored, read_weights, write_weights
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
-from codiemb_jax.checkpoints.families import family_of
-from codiemb_jax.checkpoints.safetensors import WeightFiles, as_stored, read_weights, write_weights
+from codiemb_jax.models.build import abstract_model
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.checkpoints.model import ModelFolder, open_model
-from codiemb_jax.training.state import abstract_model
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 MIXED = ("F32", "F16", "BF16")
@@ -113,12 +113,12 @@ def assert_bitwise(found: Weights, expected: Weights) -> None:
 
 def open_folder(
     folder: Path, mesh: MeshSettings | None = None, max_tokens: int | None = None, **settings: Any
-) -> ModelFolder:
+) -> PretrainedModel:
     model = ModelSettings(path=str(folder), **settings)
     return open_model(model, PromptSettings(), make_mesh(mesh or MeshSettings()), max_tokens)
 
 
-def write_again(model: ModelFolder, folder: Path, **options: int) -> None:
+def write_again(model: PretrainedModel, folder: Path, **options: int) -> None:
     folder.mkdir()
     blueprint = model.blueprint
     write_weights(
@@ -252,7 +252,7 @@ def test_round_trip_of_any_tiny_config(config, dtypes, prefix, shards, shard_byt
     weights = random_weights(config, tuple(dtypes), prefix)
     family = family_of(config)
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
-    _, abstract = abstract_model(family, family.read_config(config), ModelSettings(path="-"), mesh)
+    _, abstract = abstract_model(family.model, family.read_config(config), ModelSettings(path="-"), mesh)
     with tempfile.TemporaryDirectory() as name:
         came, went = Path(name) / "came", Path(name) / "went"
         save(came, config, weights, shards)

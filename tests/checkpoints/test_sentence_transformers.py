@@ -9,14 +9,15 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from sentence_transformers import SentenceTransformer
 
+from codiemb_jax.checkpoints.model import open_checkpoint, open_folder, open_model
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.checkpoints.model import open_model
+from codiemb_jax.text.sentence import SentencePrompts
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
-from convert.orbax_to_hf import open_checkpoint
 from scripts.make_random_checkpoint import make
 
 
@@ -60,7 +61,8 @@ def test_pooling_is_read_in_both_spellings(config, expected, bert, tmp_path):
     folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling=config)
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
     model = open_model(ModelSettings(path=str(folder)), PromptSettings(), mesh)
-    assert model.stored == {"pooling": expected, "normalize": False, "projection_dim": None}
+    encoding = {"attention": "bidirectional", "pooling": expected, "normalize": False, "projection_dim": None}
+    assert model.folder.stored == encoding
     arguments = ["--model", str(folder), "--output", str(tmp_path / "orbax")]
     if "+" in expected:
         with pytest.raises(UserError, match=re.escape(f"found '{expected}'")):
@@ -77,7 +79,11 @@ IDENTITY = {"activation_function": "torch.nn.modules.linear.Identity", "bias": T
     ("modules", "dense", "message"),
     [
         ([TRANSFORMER], {}, "modules.json: Transformer is not supported; supported are Transformer -> Pooling,"),
-        ([TRANSFORMER, POOLING, module("LayerNorm", "dense")], {}, "Pooling -> LayerNorm is not supported"),
+        (
+            [TRANSFORMER, POOLING, module("LayerNorm", "dense")],
+            {},
+            r"Pooling -> 'sentence_transformers\.models\.LayerNorm' is not supported",
+        ),
         ([TRANSFORMER, POOLING, module("Normalize", "dense"), module("Dense", "dense")], {}, "is not supported"),
         ([TRANSFORMER, module("Pooling", "../pooling")], {}, "'../pooling' is not the name of a folder"),
         ([TRANSFORMER, POOLING, module("Dense", "..")], {}, "'..' is not the name of a folder"),
@@ -112,6 +118,8 @@ IDENTITY = {"activation_function": "torch.nn.modules.linear.Identity", "bias": T
 def test_modules_that_are_not_computed_are_told(modules, dense, message, bert, tmp_path):
     configs = {"pooling": {"pooling_mode": "mean"}, "dense": dense}
     folder = sentence_folder(tmp_path / "model", bert, modules, **configs)
+    weights = {"linear.weight": np.zeros((20, 48), np.float32), "linear.bias": np.zeros(20, np.float32)}
+    save_file(weights, folder / "dense" / "model.safetensors")
     with pytest.raises(UserError, match=message):
         open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings()))
 
@@ -134,11 +142,80 @@ def test_a_pooling_that_is_none_is_told(config, bert, tmp_path):
         open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings()))
 
 
-def test_a_weighted_mean_is_converted_without_a_prompt(bert, tmp_path):
-    """With one it could not be exported again."""
+def describe_texts(folder: Path, described: dict, limits: dict) -> None:
+    """Writes what sentence-transformers reads about texts."""
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(described))
+    (folder / "sentence_bert_config.json").write_text(json.dumps(limits))
+
+
+@pytest.mark.parametrize("prompts", [{}, {"query": "query: ", "document": "passage: "}])
+def test_a_weighted_mean_is_converted_with_the_prompts_of_its_folder(prompts, bert, tmp_path):
+    """Pooling covers them, so that it can be exported again."""
     config = {"pooling_mode": "weightedmean"}
     folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling=config)
+    if prompts:
+        describe_texts(folder, {"prompts": prompts}, {})
     hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
-    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
-    prompts = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())["prompts"]
-    assert prompts == {"query": "", "document": ""}
+    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export"), "--verify"])
+    written = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())
+    assert written["prompts"] == prompts
+    assert json.loads((tmp_path / "export" / "1_Pooling" / "config.json").read_text())["include_prompt"] is True
+
+
+@pytest.mark.parametrize("include_prompt", [False, True])
+def test_prompts_and_lengths_are_those_of_the_folder(include_prompt, bert, tmp_path):
+    config = {"embedding_dimension": 48, "pooling_mode": "mean", "include_prompt": include_prompt}
+    modules = [TRANSFORMER, POOLING | {"idx": 1, "name": "1"}]
+    folder = sentence_folder(tmp_path / "model", bert, modules, pooling=config)
+    described = {"prompts": {"query": "Find: ", "document": "Text: "}, "default_prompt_name": "document"}
+    limits = {"max_seq_length": 40, "do_lower_case": True}
+    describe_texts(folder, described, limits)
+    hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
+    blueprint = open_checkpoint(tmp_path / "orbax").blueprint
+    assert blueprint.prompt is None
+    assert blueprint.sentence == SentencePrompts(**described, include_prompt=include_prompt, do_lower_case=True)
+    assert blueprint.max_tokens == 40
+    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export"), "--verify"])
+    written = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())
+    assert {name: written[name] for name in described} == described
+    assert json.loads((tmp_path / "export" / "sentence_bert_config.json").read_text()) == limits
+    pooling = json.loads((tmp_path / "export" / "1_Pooling" / "config.json").read_text())
+    assert pooling["include_prompt"] is include_prompt
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "export" / name).read_bytes() == (folder / name).read_bytes()
+    came, went = (SentenceTransformer(str(path), device="cpu") for path in (folder, tmp_path / "export"))
+    texts = ["What is the capital of FRANCE?", "The Seine flows through Paris. " * 20]
+    for encode in ("encode_query", "encode_document", "encode"):
+        np.testing.assert_array_equal(getattr(went, encode)(texts), getattr(came, encode)(texts))
+
+
+@pytest.mark.parametrize(
+    ("described", "limits", "message"),
+    [
+        ({"prompts": ["query: "]}, {}, "prompts of its sentence-transformers files"),
+        ({"prompts": {"query": 3}}, {}, r"prompts\.query of its sentence-transformers files"),
+        ({"default_prompt_name": "sts"}, {}, "default_prompt_name 'sts' is none of its prompts"),
+        ({}, {"do_lower_case": "yes"}, "do_lower_case of its sentence-transformers files"),
+        ({}, {"max_seq_length": 0}, "max_seq_length: expected a number of at least 1, found 0"),
+        ({}, {"max_seq_length": "512"}, "max_seq_length: expected a number of at least 1, found '512'"),
+        ({}, {"max_seq_length": True}, "max_seq_length: expected a number of at least 1, found True"),
+    ],
+)
+def test_prompts_and_lengths_that_are_none_are_told(described, limits, message, bert, tmp_path):
+    folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling={"pooling_mode": "mean"})
+    describe_texts(folder, described, limits)
+    with pytest.raises(UserError, match=message):
+        hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
+    assert not (tmp_path / "orbax").exists()
+
+
+@pytest.mark.parametrize(("is_causal", "expected"), [(None, "causal"), (True, "causal"), (False, "bidirectional")])
+def test_the_attention_of_a_decoder_that_sentence_transformers_describes(is_causal, expected, tmp_path):
+    """Where config.json says nothing, it is that of transformers; a folder without modules.json leaves it open."""
+    tiny = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    says = {} if is_causal is None else {"is_causal": is_causal}
+    make("youtu_embedding", tmp_path / "plain", **tiny, num_key_value_heads=4, model_type="qwen3", **says)
+    config = {"pooling_mode": "lasttoken"}
+    folder = sentence_folder(tmp_path / "model", tmp_path / "plain", [TRANSFORMER, POOLING], pooling=config)
+    assert open_folder(folder).stored["attention"] == expected
+    assert open_folder(tmp_path / "plain").stored == ({} if is_causal is None else {"attention": expected})

@@ -3,19 +3,23 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from codiemb_jax.batch import Batch, IRBatch, MixedBatch, TokenRows, STSBatch
+from codiemb_jax.batch import Batch, TokenRows
 from codiemb_jax.config import DataSettings, PromptSettings
-from codiemb_jax.data.loader import StepSource, batches, own_slices, padded_rows, to_global
-from codiemb_jax.data.prepare import PreparedDataSet, prepare
+from codiemb_jax.data.loader import StepSource, batches, own_parts, to_global
+from codiemb_jax.data.mixed import MixedPlan
+from codiemb_jax.data.prepare import prepare
+from codiemb_jax.data.sampler import Plan, Source, StepPlan
+from codiemb_jax.data.store import PreparedDataSet
+from codiemb_jax.sharding import row_sharding
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.records import Triple
-from codiemb_jax.data.sampler import Plan, Source, StepPlan
-from codiemb_jax.sharding import row_sharding
+from codiemb_jax.text.rows import pad
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
 LIMITS = {"query_max_tokens": 64, "passage_max_tokens": 32}
@@ -72,23 +76,27 @@ def data_sets(encoder, tmp_path_factory) -> list[PreparedDataSet]:
     return made
 
 
+def sources_of(data_sets: list[PreparedDataSet]) -> list[Source]:
+    return [Source(data_set.path.stem, data_set.task, data_set.index) for data_set in data_sets]
+
+
 @pytest.fixture(scope="module")
 def plan(data_sets) -> Plan:
-    plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], SETTINGS, 5)
+    plan = Plan(sources_of(data_sets), SETTINGS, 5)
     assert plan.steps_per_epoch == 4
     steps = [plan.step(number) for number in range(STEPS)]
     assert {step.task for step in steps} == {"ir", "sts"}
-    ir = np.concatenate([step.parts[0].texts for step in steps if step.task == "ir"])
+    ir = np.concatenate([step.passages for step in steps if step.task == "ir"])
     assert (ir[:, 2:] < 0).any() and (ir[:, 2:] >= 0).any()  # else these tests would show little
     return plan
 
 
 @pytest.fixture(scope="module")
-def mixed_plan(data_sets) -> Plan:
+def mixed_plan(data_sets) -> MixedPlan:
     """Two examples for each of eight devices, some of them IR and some STS in every step."""
     settings = SETTINGS.model_copy(update={"sampler": "mixed", "ir_global_batch_size": 16})
-    plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings, 5, 8)
-    assert all({data_sets[part.source].task for part in plan.step(i).parts} == {"ir", "sts"} for i in range(4))
+    plan = MixedPlan(sources_of(data_sets), settings, 5, 8)
+    assert all({data_sets[source].task for source in plan.step(i).sources} == {"ir", "sts"} for i in range(4))
     return plan
 
 
@@ -108,8 +116,8 @@ def laid_out(texts: list[Tokens | None], length: int) -> dict[str, list[list[int
         padding = [0] * (length - len(ids))
         fields["tokens"].append(ids + padding)
         fields["positions"].append(list(range(len(ids))) + padding)
-        fields["segments"].append([1] * len(ids) + padding)
-        fields["pooled"].append([0] * content + [1] * (len(ids) - content) + padding)
+        fields["segment_ids"].append([1] * len(ids) + padding)
+        fields["pooling_mask"].append([0] * content + [1] * (len(ids) - content) + padding)
     return fields
 
 
@@ -131,40 +139,44 @@ class Expected:
         (text,) = self.encoder.tokenize_passages([Triple(*(part.strip("\t\n :") for part in triple))], 32)
         return text
 
-    def fields(self, step: StepPlan) -> list[object]:
-        """TokenRows of queries, rows of passages, and present or scores; of a mixed step all of them, and is_ir."""
-        if step.task == "mixed":
-            return self.mixed(step)
-        examples = [self.lines[step.parts[0].source][example] for example in step.parts[0].examples]
-        queries = laid_out([self.query(example["query"]) for example in examples], step.query_row)
-        if step.task == "sts":
-            second = laid_out([self.query(example["positives"][0]) for example in examples], step.query_row)
-            return [queries, second, [float(np.float32(example["positive_scores"][0])) for example in examples]]
-        passages: list[Tokens | None] = []
-        present = []
-        for example, chosen in zip(examples, step.parts[0].texts.tolist(), strict=True):
-            own = example["positives"] + example["negatives"]
-            passages += [None if text < 0 else self.passage(own[text]) for text in chosen]
-            present.append([bool(example["negatives"])] * 3)
-        return [queries, laid_out(passages, step.passage_row), present]
+    def texts(self, example: dict[str, Any], chosen: list[int]) -> list[Tokens | None]:
+        """An example's query and its chosen passages."""
+        if example["task_type"] == "sts":
+            assert chosen == [0] + [-1] * (len(chosen) - 1)
+            absent = [None] * (len(chosen) - 1)
+            return [self.query(example["query"]), self.query(example["positives"][0]), *absent]
+        own = example["positives"] + example["negatives"]
+        passages = [None if text < 0 else self.passage(own[text]) for text in chosen]
+        # Only what does not exist is absent: negatives of an example without any.
+        assert [text is None for text in passages] == [False] * 2 + [not example["negatives"]] * (len(chosen) - 2)
+        return [self.query(example["query"]), *passages]
 
-    def mixed(self, step: StepPlan) -> list[object]:
-        queries: list[Tokens | None] = []
-        passages: list[Tokens | None] = []
-        present, scores, is_ir = [], [], []
-        for part in step.parts:
-            for number, chosen in zip(part.examples, part.texts.tolist(), strict=True):
-                example = self.lines[part.source][number]
-                queries.append(self.query(example["query"]))
-                is_ir.append(example["task_type"] == "ir")
-                own = example["positives"] + example["negatives"] if is_ir[-1] else []
-                if not is_ir[-1]:
-                    passages += [self.query(example["positives"][0]), None, None, None, None]
-                else:
-                    passages += [None if text < 0 else self.passage(own[text]) for text in chosen]
-                present.append([bool(example["negatives"])] * 3 if is_ir[-1] else [False] * 3)
-                scores.append(float(np.float32(example.get("positive_scores", [0.0])[0])))
-        return [laid_out(queries, step.query_row), laid_out(passages, step.passage_row), present, scores, is_ir]
+    def batch(self, step: StepPlan, devices: int) -> dict[str, Any]:
+        """A step's batch, of examples split over so many devices; every field as lists."""
+        per_source = step.examples.size // len(step.sources)
+        examples = [
+            self.lines[step.sources[place // per_source]][example] for place, example in enumerate(step.examples)
+        ]
+        texts = [self.texts(*example) for example in zip(examples, step.passages.tolist(), strict=True)]
+        width = step.passages.shape[1]
+        rows: list[Tokens | None] = []
+        fields: dict[str, list] = {"text_ids": [], "queries": [], "passages": [], "scores": []}
+        count = len(examples) // devices
+        for device in range(devices):
+            places = range(device * count, (device + 1) * count)
+            # A device's rows are its queries, then its passages, example by example.
+            order = [(place, 0) for place in places]
+            order += [(place, 1 + j) for place in places for j in range(width)]
+            rows += [texts[place][text] for place, text in order]
+            present = [(place, text) for place, text in order if texts[place][text] is not None]
+            fields["text_ids"] += [[p * (width + 1) + t if (p, t) in present else -1] for p, t in order]
+            fields["queries"] += range(count)
+            fields["passages"] += [
+                [order.index((place, 1 + j)) if (place, 1 + j) in present else -1 for j in range(width)]
+                for place in places
+            ]
+            fields["scores"] += [float(np.float32(examples[p].get("positive_scores", [np.nan])[0])) for p in places]
+        return {"rows": laid_out(rows, step.row_length), **fields}
 
 
 @pytest.fixture(scope="module")
@@ -172,45 +184,69 @@ def expected(data_sets, encoder) -> Expected:
     return Expected(data_sets, encoder)
 
 
-def assert_holds(batch: Batch, fields: list[object]) -> None:
-    for found, wanted in zip(batch, fields, strict=True):
-        if isinstance(found, TokenRows):
-            for name in TokenRows._fields:
-                value = np.asarray(getattr(found, name))
-                assert value.dtype == np.int32
-                assert value.tolist() == wanted[name], name
-        else:
-            assert np.asarray(found).tolist() == wanted
+def assert_holds(batch: Batch, fields: dict[str, Any]) -> None:
+    assert set(fields) == set(Batch._fields)
+    for name in TokenRows._fields:
+        value = np.asarray(getattr(batch.rows, name))
+        assert value.dtype == np.int32
+        assert value.tolist() == fields["rows"][name], name
+    for name in ("text_ids", "queries", "passages"):
+        value = np.asarray(getattr(batch, name))
+        assert value.dtype == np.int32
+        assert value.tolist() == fields[name], name
+    assert batch.scores.dtype == np.float32
+    np.testing.assert_array_equal(batch.scores, fields["scores"])
+
+
+def assert_counts_tokens(step: StepPlan, batch: Batch) -> None:
+    assert step.tokens == int((batch.rows.segment_ids > 0).sum())
+    assert step.computed_tokens == batch.rows.segment_ids.size
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2)])
 def test_batches_hold_the_planned_examples_on_any_mesh(shape, plan, data_sets, expected):
-    sharding = row_sharding(make_mesh(*shape))
+    sharding, shards = row_sharding(make_mesh(*shape)), shape[0] * shape[1]
     found = list(batches(plan, data_sets, sharding, start=0, stop=STEPS))
     assert [step.number for step, _ in found] == list(range(STEPS))
     for step, batch in found:
-        assert type(batch) is (IRBatch if step.task == "ir" else STSBatch)
-        assert_holds(batch, expected.fields(step))
-        assert step.tokens == sum(int((rows.segment_ids > 0).sum()) for rows in batch[:2])
-        assert step.computed_tokens == sum(rows.segment_ids.size for rows in batch[:2])
+        assert type(batch) is Batch
+        assert_holds(batch, expected.batch(step, shards))
+        assert_counts_tokens(step, batch)
         for leaf in jax.tree.leaves(batch):
             assert leaf.sharding == sharding
-            assert leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // (shape[0] * shape[1])
-        types = {"ir": bool, "sts": np.float32}
-        assert batch[2].dtype == types[step.task]
+            assert leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // shards
+        assert np.isnan(batch.scores).tolist() == [step.task == "ir"] * step.examples.size
+
+
+def test_a_text_has_the_same_number_on_any_mesh(plan, data_sets):
+    def by_number(*shape: int) -> list[dict[int, list[int]]]:
+        """The tokens of each numbered text of every step."""
+        numbered = []
+        for _, batch in batches(plan, data_sets, row_sharding(make_mesh(*shape)), start=0, stop=STEPS):
+            assert batch.text_ids.shape == (len(batch.rows.tokens), 1)
+            numbers, tokens = np.asarray(batch.text_ids)[:, 0].tolist(), np.asarray(batch.rows.tokens).tolist()
+            present = np.asarray(batch.rows.segment_ids).any(axis=1).tolist()
+            assert [number >= 0 for number in numbers] == present
+            assert set(numbers) - set(range(len(numbers))) <= {-1}
+            numbered.append({n: row for n, row in zip(numbers, tokens, strict=True) if n >= 0})
+            assert len(numbered[-1]) == sum(present)  # no number twice
+        return numbered
+
+    alone = by_number(1, 1, 1)
+    assert by_number(8, 1, 1) == alone
+    assert by_number(2, 2, 2) == alone
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1)])
 def test_a_mixed_batch_holds_what_each_device_has_been_dealt(shape, mixed_plan, data_sets, expected):
     for step, batch in batches(mixed_plan, data_sets, row_sharding(make_mesh(*shape)), start=0, stop=4):
-        assert type(batch) is MixedBatch
-        assert_holds(batch, expected.fields(step))
-        assert step.tokens == sum(int((rows.segment_ids > 0).sum()) for rows in batch[:2])
-        assert step.computed_tokens == sum(rows.segment_ids.size for rows in batch[:2])
-        for device, (part, shard) in enumerate(zip(step.parts, batch.is_ir.addressable_shards, strict=True)):
-            assert part.examples.size == 2
+        assert type(batch) is Batch
+        assert_holds(batch, expected.batch(step, 8))
+        assert_counts_tokens(step, batch)
+        assert step.examples.size == 2 * 8
+        for device, (source, shard) in enumerate(zip(step.sources, batch.scores.addressable_shards, strict=True)):
             assert shard.index == (slice(2 * device, 2 * device + 2),)
-            assert np.asarray(shard.data).tolist() == [data_sets[part.source].task == "ir"] * 2
+            assert np.isnan(shard.data).tolist() == [data_sets[source].task == "ir"] * 2
 
 
 def test_starting_later_leaves_out_the_steps_before(plan, data_sets):
@@ -225,9 +261,9 @@ def test_starting_later_leaves_out_the_steps_before(plan, data_sets):
     assert list(batches(plan, data_sets, sharding, start=STEPS, stop=STEPS)) == []
 
 
-def test_padded_rows():
+def test_pad():
     texts = [Tokens(np.array([7, 8, 9], np.int32), 1), None, Tokens(np.array([5], np.int32), 0)]
-    rows = padded_rows(texts, 4)
+    rows = pad(texts, 4)
     assert rows.tokens.tolist() == [[7, 8, 9, 0], [0, 0, 0, 0], [5, 0, 0, 0]]
     assert rows.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert rows.segment_ids.tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
@@ -257,16 +293,16 @@ HOSTS = {
 
 @pytest.mark.parametrize("hosts", HOSTS)
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
-def test_own_slices_are_those_of_the_devices(hosts, shape):
+def test_own_parts_are_those_of_the_devices(hosts, shape):
     mesh = make_mesh(*shape)
     sharding = row_sharding(mesh)
     devices = list(mesh.devices.flat)
     per_shard = 16 // (shape[0] * shape[1])
     for own in HOSTS[hosts]:
-        slices = own_slices(OwnDevices(sharding, [devices[i] for i in own]), 16)
+        parts = own_parts(OwnDevices(sharding, [devices[i] for i in own]), 16)
         # The tensor axis is the innermost, and holds the same rows on all of its devices.
         shards = sorted({i // shape[2] for i in own})
-        assert slices == [(shard * per_shard, (shard + 1) * per_shard) for shard in shards]
+        assert parts == [(shard * per_shard, (shard + 1) * per_shard) for shard in shards]
 
 
 @pytest.mark.parametrize("sampler", ["dynamic", "mixed"])
@@ -285,18 +321,23 @@ def test_hosts_read_their_own_examples_alone_and_make_up_the_global_batch(
         return original(self, examples)
 
     monkeypatch.setattr(PreparedDataSet, "read", recorded)
-    arrays: list[dict[jax.Device, np.ndarray]] = []
 
     def fake(shape, layout, callback):
+        """What of the global array lies on each of the host's devices, and its shape."""
         indices = layout.addressable_devices_indices_map(shape)
-        arrays.append({device: np.asarray(callback(index)) for device, index in indices.items()})
-        return shape
+        return shape, {device: np.asarray(callback(index)) for device, index in indices.items()}
 
     monkeypatch.setattr(jax, "make_array_from_callback", fake)
     for number in range(4):
         step = plan.step(number)
-        whole = StepSource(plan, data_sets, sharding, STEPS)[number][1]
-        dealt = [(data_sets[part.source].task, i) for part in step.parts for i in part.examples.tolist()]
+        parts = StepSource(plan, data_sets, sharding, STEPS)[number][1]
+        assert len(parts) == 8
+        whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        per_source = step.examples.size // len(step.sources)
+        dealt = [
+            (data_sets[step.sources[place // per_source]].task, example)
+            for place, example in enumerate(step.examples.tolist())
+        ]
         size = len(dealt) // 8
         seen: list[tuple[str, int]] = []
         for own in HOSTS[hosts]:
@@ -305,27 +346,35 @@ def test_hosts_read_their_own_examples_alone_and_make_up_the_global_batch(
             read.clear()
             assert len(source) == STEPS
             host_plan, local = source[number]
-            for one, other in zip(host_plan.parts, step.parts, strict=True):
-                assert (one.source, one.examples.tolist()) == (other.source, other.examples.tolist())
+            assert host_plan.sources == step.sources
+            assert host_plan.examples.tolist() == step.examples.tolist()
             assert read == [example for i in sorted(own) for example in dealt[i * size : (i + 1) * size]]
             seen += read
-            for part, leaf in zip(jax.tree.leaves(local), jax.tree.leaves(whole), strict=True):
-                arrays.clear()
-                assert to_global(part, layout, len(dealt)) == leaf.shape
+            assert len(local) == len(own)
+            for found, i in zip(local, sorted(own), strict=True):
+                jax.tree.map(np.testing.assert_array_equal, found, parts[i])
+            ((again, arrays),) = batches(plan, data_sets, layout, start=number, stop=number + 1)
+            assert again.number == number
+            for (shape, blocks), leaf in zip([*arrays.rows, *arrays[1:]], jax.tree.leaves(whole), strict=True):
+                assert shape == leaf.shape
+                assert len(blocks) == len(own)
                 for i in own:
                     block = leaf.shape[0] // 8
-                    np.testing.assert_array_equal(arrays[0][mesh.devices.flat[i]], leaf[i * block : (i + 1) * block])
+                    np.testing.assert_array_equal(blocks[mesh.devices.flat[i]], leaf[i * block : (i + 1) * block])
         assert sorted(seen) == sorted(dealt)
-        assert_holds(whole, expected.fields(step))
+        assert_holds(whole, expected.batch(step, 8))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("per_example", [1, 5])
 def test_to_global_keeps_the_rows_of_an_example_together(shape, per_example):
-    sharding = row_sharding(make_mesh(*shape))
+    sharding, shards = row_sharding(make_mesh(*shape)), shape[0] * shape[1]
     local = np.arange(8 * per_example * 3).reshape(8 * per_example, 3)
-    array = to_global(local, sharding, 8)
+    array = to_global(np.split(local, shards), range(shards), shards, sharding)
     np.testing.assert_array_equal(array, local)
     assert array.sharding == sharding
-    vector = to_global(local[:, 0], sharding, 8)
+    vector = to_global(np.split(local[:, 0], shards), range(shards), shards, sharding)
     np.testing.assert_array_equal(vector, local[:, 0])
+    # Which part is which says `starts`, not the order in which they come.
+    backwards = to_global(np.split(local, shards)[::-1], range(shards)[::-1], shards, sharding)
+    np.testing.assert_array_equal(backwards, local)

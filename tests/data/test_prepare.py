@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.data import prepare as module
-from codiemb_jax.data.prepare import Index, PreparedDataSet, cache_folder, prepare
-from codiemb_jax.text.prompts import PromptTokenizer
-from codiemb_jax.text.records import read_records
+from codiemb_jax.data.prepare import prepare
+from codiemb_jax.data.store import Index, PreparedDataSet, cache_folder
 from codiemb_jax.errors import UserError
+from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.text.records import data_set_names, read_records
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
 NO_TOKEN = "the tokenizer makes no token of the text, expected a text it knows"
@@ -76,7 +77,7 @@ def test_ir_is_stored_as_encoded_in_file_order(tmp_path, encoder, cache, monkeyp
     monkeypatch.setattr(module, "PART_TOKENS", part_tokens)
     path = write_ir(tmp_path / "some data.jsonl")
     data = prepare(path, "ir", encoder, cache=cache, **LIMITS)
-    assert (data.name, data.path, data.task, len(data)) == ("some data", path, "ir", 300)
+    assert (data_set_names([data.path]), data.path, data.task, len(data)) == (["some data"], path, "ir", 300)
     index = data.index
     assert not np.array_equal(index.position, np.arange(300))  # else this test would show nothing
     assert sorted(index.position) == list(range(300))
@@ -123,7 +124,7 @@ def test_a_prepared_file_is_not_tokenised_again(tmp_path, encoder, cache, monkey
     def fail(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(PromptTokenizer, "_encode", fail)
+    monkeypatch.setattr(PromptTokenizer, "_tokenize", fail)
     second = prepare(path, "ir", encoder, cache=cache, **LIMITS)
     assert second.folder == first.folder
     assert_same_tokens(second.read(np.array([5]))[0], first.read(np.array([5]))[0])
@@ -225,7 +226,7 @@ def test_it_pickles_as_paths(tmp_path, encoder, cache):
     pickled = pickle.dumps(data)  # after it was opened
     assert len(pickled) < 1000
     again = pickle.loads(pickled)
-    assert isinstance(again, PreparedDataSet) and again.name == "a" and again.task == "ir"
+    assert isinstance(again, PreparedDataSet) and again.path == data.path and again.task == "ir"
     for texts, other in zip(again.read(np.arange(9)), expected, strict=True):
         assert_same_tokens(texts, other)
 

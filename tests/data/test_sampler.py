@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codiemb_jax.batch import Task
 from codiemb_jax.config import DataSettings
-from codiemb_jax.data.prepare import Index
-from codiemb_jax.text.records import Task
-from codiemb_jax.data.sampler import Plan, Source, StepPlan, row_length
+from codiemb_jax.data.mixed import MixedPlan
+from codiemb_jax.data.sampler import Plan, Source, StepPlan
+from codiemb_jax.data.store import Index
 from codiemb_jax.errors import UserError
+from codiemb_jax.text.rows import padded_length
 
 MAX = {"query_max_tokens": 64, "passage_max_tokens": 200}
 SIZES = {"ir_global_batch_size": 4, "sts_global_batch_size": 6}
@@ -59,14 +61,29 @@ def make_plan(seed: int = 49, sources: list[Source] = SOURCES, **changes) -> Pla
 
 def as_value(plan: StepPlan) -> tuple:
     """All fields of a plan, arrays as lists."""
-    parts = [(part.source, part.examples.tolist(), part.texts.tolist()) for part in plan.parts]
-    return (*(value for name, value in vars(plan).items() if name != "parts"), parts)
+    return tuple(value.tolist() if isinstance(value, np.ndarray) else value for value in vars(plan).values())
+
+
+def parts_of(step: StepPlan) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """The data set, the examples and their passages of each of a step's equal parts."""
+    count = len(step.sources)
+    return list(zip(step.sources, np.split(step.examples, count), np.split(step.passages, count), strict=True))
+
+
+def source_of(step: StepPlan) -> int:
+    (source,) = step.sources
+    return source
+
+
+def by_example(step: StepPlan) -> dict[int, list[int]]:
+    """The passages of each of a step's examples."""
+    return dict(zip(step.examples.tolist(), step.passages.tolist(), strict=True))
 
 
 def order(plan: Plan, epoch: int) -> list[tuple[int, list[int]]]:
     start = epoch * plan.steps_per_epoch
     steps = [plan.step(number) for number in range(start, start + plan.steps_per_epoch)]
-    return [(step.parts[0].source, step.parts[0].examples.tolist()) for step in steps]
+    return [(source_of(step), step.examples.tolist()) for step in steps]
 
 
 def test_a_step_is_the_same_in_any_order_of_calls():
@@ -84,7 +101,8 @@ def test_a_step_is_the_same_in_any_order_of_calls():
 def test_a_step_is_not_changed_by_who_used_it_before():
     plan = make_plan()
     expected = as_value(plan.step(5))
-    plan.step(5).parts[0].texts[:] = -1
+    plan.step(5).passages[:] = -1
+    plan.step(5).examples[:] = -1
     assert as_value(plan.step(5)) == expected
 
 
@@ -109,8 +127,8 @@ def test_a_step_says_what_it_is():
         step = plan.step(number)
         assert step.number == number
         assert step.epoch == number // sum(BATCHES)
-        assert step.task == SOURCES[step.parts[0].source].task
-        assert step.parts[0].texts.shape == ((4, 5) if step.task == "ir" else (6, 1))
+        assert step.task == SOURCES[source_of(step)].task
+        assert step.passages.shape == ((4, 5) if step.task == "ir" else (6, 1))
 
 
 def test_every_epoch_is_another_order_and_leaves_out_others():
@@ -136,8 +154,7 @@ def test_another_seed_is_another_order():
     # The seeds differ in the choice of texts, too, not in the order alone.
     one_batch = [make_source("tiny", "ir", 4, 9)]
     choices = [make_plan(seed, one_batch).step(0) for seed in (0, 1)]
-    by_example = [dict(zip(c.parts[0].examples.tolist(), c.parts[0].texts.tolist(), strict=True)) for c in choices]
-    assert by_example[0] != by_example[1]
+    assert by_example(choices[0]) != by_example(choices[1])
 
 
 def assert_fair(chosen: list[int], first: int, count: int, wanted: int) -> None:
@@ -168,7 +185,7 @@ def test_each_text_is_used_once_before_any_repeats(counts, positives, negatives,
     )  # fmt: skip
     for number in range(2 * plan.steps_per_epoch):
         step = plan.step(number)
-        for example, chosen in zip(step.parts[0].examples.tolist(), step.parts[0].texts.tolist(), strict=True):
+        for example, chosen in zip(step.examples.tolist(), step.passages.tolist(), strict=True):
             own_positives, own_negatives = counts[example]
             assert_fair(chosen[:positives], 0, own_positives, positives)
             assert_fair(chosen[positives:], own_positives, own_negatives, negatives)
@@ -178,8 +195,8 @@ def test_no_negatives_wanted():
     plan = make_plan(negatives_per_query=0)
     for number in range(plan.steps_per_epoch):
         step = plan.step(number)
-        assert step.parts[0].texts.shape[1] == (2 if step.task == "ir" else 1)
-        assert (step.parts[0].texts >= 0).all()
+        assert step.passages.shape[1] == (2 if step.task == "ir" else 1)
+        assert (step.passages >= 0).all()
 
 
 def test_another_epoch_draws_other_texts():
@@ -189,7 +206,7 @@ def test_another_epoch_draws_other_texts():
     for epoch in range(30):
         step = plan.step(epoch)
         assert step.epoch == epoch
-        drawn.append(dict(zip(step.parts[0].examples.tolist(), step.parts[0].texts.tolist(), strict=True)))
+        drawn.append(by_example(step))
     for example in range(8):
         assert drawn[0][example] != drawn[1][example] or drawn[0][example] != drawn[2][example]
         # Nothing is favoured: in 30 epochs each text comes up.
@@ -199,7 +216,7 @@ def test_another_epoch_draws_other_texts():
 def test_draws_are_even():
     """4800 draws of one of four positives: each 1200 times, give or take five standard deviations of 30."""
     plan = make_plan(sources=[Source("a", "ir", make_index("ir", [4] * 24, [0] * 24))], ir_global_batch_size=24)
-    drawn = np.concatenate([plan.step(epoch).parts[0].texts[:, 0] for epoch in range(200)])
+    drawn = np.concatenate([plan.step(epoch).passages[:, 0] for epoch in range(200)])
     counts = np.bincount(drawn, minlength=4)
     assert counts.sum() == 4800
     assert (np.abs(counts - 1200) < 150).all()
@@ -207,9 +224,9 @@ def test_draws_are_even():
 
 def lengths_of(step: StepPlan) -> tuple[list[int], list[int]]:
     """Lengths of a step's queries and of its chosen texts, looked up one by one."""
-    index = SOURCES[step.parts[0].source].index
+    index = SOURCES[source_of(step)].index
     queries, texts = [], []
-    for example, chosen in zip(step.parts[0].examples, step.parts[0].texts, strict=True):
+    for example, chosen in zip(step.examples, step.passages, strict=True):
         queries.append(int(index.query_tokens[example]))
         own = index.passage_tokens[index.passage_offsets[example] : index.passage_offsets[example + 1]].tolist()
         texts += [own[text] for text in chosen if text >= 0]
@@ -221,23 +238,20 @@ def shortest_allowed(longest: int, limit: int) -> int:
     return min(length for length in allowed if length >= longest)
 
 
-def test_rows_hold_the_longest_chosen_text_and_no_more():
-    plan = make_plan()
+@pytest.mark.parametrize(("ir", "sts", "different"), [(4, 6, 2), (1, 1, 4)])
+def test_rows_hold_the_longest_chosen_text_and_no_more(ir, sts, different):
+    plan = make_plan(ir_global_batch_size=ir, sts_global_batch_size=sts)
     met = set()
     for number in range(6 * plan.steps_per_epoch):
         step = plan.step(number)
         queries, texts = lengths_of(step)
-        if step.task == "ir":
-            assert step.query_row == shortest_allowed(max(queries), MAX["query_max_tokens"])
-            assert step.passage_row == shortest_allowed(max(texts), MAX["passage_max_tokens"])
-        else:
-            assert step.query_row == step.passage_row
-            assert step.query_row == shortest_allowed(max(queries + texts), MAX["query_max_tokens"])
-        met.add(step.passage_row)
+        limit = MAX["query_max_tokens"] if step.task == "sts" else MAX["passage_max_tokens"]  # the longer one
+        assert step.row_length == shortest_allowed(max(queries + texts), limit)
+        met.add(step.row_length)
         assert step.tokens == sum(queries) + sum(texts)
-        rows = (4, 4 * 5) if step.task == "ir" else (6, 6)
-        assert step.computed_tokens == rows[0] * step.query_row + rows[1] * step.passage_row
-    assert len(met) > 1
+        rows = ir * (1 + 5) if step.task == "ir" else sts * (1 + 1)
+        assert step.computed_tokens == rows * step.row_length
+    assert len(met) >= different
 
 
 def test_short_texts_get_short_rows():
@@ -245,21 +259,32 @@ def test_short_texts_get_short_rows():
     index.query_tokens[:] = [1, 4, 2, 3]
     index.passage_tokens[:] = [13, 14, 9, 1]
     step = make_plan(sources=[Source("a", "ir", index)]).step(0)
-    assert (step.query_row, step.passage_row) == (4, 25)  # 64 / 16; 13 < 14 <= 25 = 200 / 8
+    assert step.row_length == 25  # 13 < 14 <= 25 = 200 / 8
     assert step.tokens == 10 + 2 * 37  # the only positive twice
-    assert step.computed_tokens == 4 * 4 + 4 * 5 * 25  # rows of absent negatives count, too
+    assert step.computed_tokens == (4 + 4 * 5) * 25  # rows of absent negatives count, too
+
+
+def test_long_queries_get_long_rows():
+    index = make_index("ir", [1] * 4, [0] * 4)
+    index.query_tokens[:] = [1, 104, 2, 3]
+    index.passage_tokens[:] = [13, 14, 9, 1]
+    limits = {"query_max_tokens": 400, "passage_max_tokens": 100}
+    step = make_plan(sources=[Source("a", "ir", index)], **limits).step(0)
+    assert step.row_length == 200  # 100 < 104 <= 200 = 400 / 2
+    assert step.tokens == 110 + 2 * 37
+    assert step.computed_tokens == (4 + 4 * 5) * 200
 
 
 @HYPOTHESIS
 @given(st.integers(1, 5000), st.data())
-def test_row_length(limit, data):
+def test_padded_length(limit, data):
     longest = data.draw(st.integers(1, limit))
-    length = row_length(longest, limit)
+    length = padded_length(longest, limit)
     assert longest <= length <= limit
     assert length in {int(np.ceil(limit / part)) for part in (1, 2, 4, 8, 16)}
     assert length == shortest_allowed(longest, limit)
-    assert row_length(limit, limit) == limit
-    assert row_length(length, limit) == length
+    assert padded_length(limit, limit) == limit
+    assert padded_length(length, limit) == length
 
 
 def test_data_sets_smaller_than_a_batch_are_named_with_the_setting():
@@ -290,12 +315,13 @@ def test_a_share_leaves_an_epoch_as_long_as_it_was_and_uses_data_evenly():
     steps = [plan.step(number) for number in range(8 * 4 * 8)]  # 24 rounds of IR's 8 batches, 16 of STS' 4
     assert [step.epoch for step in steps] == [number // 12 for number in range(256)]
     for task, rounds, batches in (("ir", 24, 8), ("sts", 16, 4)):
-        own = [step.parts[0] for step in steps if step.task == task]
+        own = [(source_of(step), step.examples) for step in steps if step.task == task]
         assert len(own) == rounds * batches
         for turn in range(rounds):
-            seen = [(part.source, example) for part in own[turn * batches :][:batches] for example in part.examples]
+            whole = own[turn * batches :][:batches]
+            seen = [(source, example) for source, examples in whole for example in examples]
             assert len(set(seen)) == len(seen)  # no example twice before all batches of its task have had their turn
-            counts = [sum(part.source == place for part in own[turn * batches :][:batches]) for place in range(4)]
+            counts = [sum(source == place for source, _ in whole) for place in range(4)]
             assert counts == (BATCHES[:2] + [0, 0] if task == "ir" else [0, 0] + BATCHES[2:])
 
 
@@ -304,10 +330,10 @@ def test_a_share_as_it_is_written_is_meant():
     assert [plan.step(number).task for number in range(10)].count("ir") == 3
 
 
-def make_mixed(devices: int = 4, sources: list[Source] = SOURCES, size: int = 8, **changes) -> Plan:
+def make_mixed(devices: int = 4, sources: list[Source] = SOURCES, size: int = 8, **changes) -> MixedPlan:
     sizes = {"ir_global_batch_size": size, "sts_global_batch_size": size}
     values = MAX | WANTED | sizes | {"sampler": "mixed"} | changes
-    return Plan(sources, DataSettings(ir=["ir"], sts=["sts"], **values), 49, devices)
+    return MixedPlan(sources, DataSettings(ir=["ir"], sts=["sts"], **values), 49, devices)
 
 
 def test_mixed_deals_every_device_a_batch_of_one_data_set():
@@ -318,17 +344,16 @@ def test_mixed_deals_every_device_a_batch_of_one_data_set():
         seen = []
         for number in range(epoch * 7, epoch * 7 + 7):
             step = plan.step(number)
-            assert (step.task, step.epoch, step.size, len(step.parts)) == ("mixed", epoch, 8, 4)
-            for part in step.parts:
-                source = SOURCES[part.source]
-                assert part.texts.shape == (2, 5)
-                if source.task == "sts":
-                    assert part.texts.tolist() == [[0, -1, -1, -1, -1]] * 2
+            assert (step.task, step.epoch, step.examples.size, len(step.sources)) == ("mixed", epoch, 8, 4)
+            for source, examples, passages in parts_of(step):
+                assert passages.shape == (2, 5)
+                if SOURCES[source].task == "sts":
+                    assert passages.tolist() == [[0, -1, -1, -1, -1]] * 2
                 else:
-                    assert (part.texts[:, :2] >= 0).all()
-                seen += [(part.source, example) for example in part.examples]
-            met.add(tuple(part.source for part in step.parts))
-            tasks.add(tuple(sorted({SOURCES[part.source].task for part in step.parts})))
+                    assert (passages[:, :2] >= 0).all()
+                seen += [(source, example) for example in examples]
+            met.add(step.sources)
+            tasks.add(tuple(sorted({SOURCES[source].task for source in step.sources})))
         assert len(set(seen)) == len(seen) == 7 * 8
     assert ("ir", "sts") in tasks  # tasks do differ within a step
     assert len(met) > 10
@@ -339,15 +364,14 @@ def test_mixed_rows_hold_the_longest_text_of_any_device():
     for number in range(3 * plan.steps_per_epoch):
         step = plan.step(number)
         queries, texts = [], []
-        for part in step.parts:
-            index = SOURCES[part.source].index
-            queries += index.query_tokens[part.examples].tolist()
-            for example, chosen in zip(part.examples, part.texts, strict=True):
+        for source, examples, passages in parts_of(step):
+            index = SOURCES[source].index
+            queries += index.query_tokens[examples].tolist()
+            for example, chosen in zip(examples, passages, strict=True):
                 texts += [int(index.passage_tokens[index.passage_offsets[example] + j]) for j in chosen if j >= 0]
-        assert step.query_row == shortest_allowed(max(queries), 64)
-        assert step.passage_row == shortest_allowed(max(texts), 200)
+        assert step.row_length == shortest_allowed(max(queries + texts), 200)
         assert step.tokens == sum(queries) + sum(texts)
-        assert step.computed_tokens == 8 * step.query_row + 40 * step.passage_row
+        assert step.computed_tokens == (8 + 40) * step.row_length
 
 
 def test_mixed_needs_a_batch_for_every_device():
@@ -355,3 +379,117 @@ def test_mixed_needs_a_batch_for_every_device():
         make_mixed(sources=[make_source("few", "ir", 7, 1)])
     with pytest.raises(UserError, match="few: 1 examples, a device's part of data.ir_global_batch_size is 2"):
         make_mixed(sources=[make_source("few", "ir", 1, 1), make_source("enough", "ir", 9, 1)])
+
+
+def drawn(random: np.random.Generator, counts: list[int], wanted: int) -> list[list[int]]:
+    """`wanted` of each example's `counts` texts, drawn example by example."""
+    keys = random.random((len(counts), max(1, *counts)))
+    orders = [np.argsort(own[:count]).tolist() for own, count in zip(keys, counts, strict=True)]
+    return [[order[i % len(order)] for i in range(wanted)] if order else [-1] * wanted for order in orders]
+
+
+def planned(number: int, batch_sizes: list[int], devices: int = 1) -> list[tuple[int, list[int], list[list[int]]]]:
+    """The parts of a step of all of SOURCES, seed 49, from the random numbers that any run so far has used."""
+    sizes = [source.index.position.size for source in SOURCES]
+    batches = [(place, i) for place, size in enumerate(sizes) for i in range(size // batch_sizes[place])]
+    turn, within = divmod(number, len(batches) // devices)
+    order = np.random.default_rng([49, 1, turn, 0]).permutation(batches)[within * devices :][:devices].tolist()
+    random = np.random.default_rng([49, 2, number])
+    parts = []
+    for place, batch in order:
+        shuffled = np.random.default_rng([49, 0, turn, place]).permutation(sizes[place]).tolist()
+        examples = shuffled[batch * batch_sizes[place] :][: batch_sizes[place]]
+        index = SOURCES[place].index
+        if SOURCES[place].task == "ir":
+            positives = drawn(random, index.positives[examples].tolist(), WANTED["positives_per_query"])
+            negatives = drawn(random, index.negatives[examples].tolist(), WANTED["negatives_per_query"])
+            first = index.positives[examples].tolist()
+            negatives = [[j if j < 0 else start + j for j in row] for start, row in zip(first, negatives, strict=True)]
+            passages = [p + n for p, n in zip(positives, negatives, strict=True)]
+        else:
+            passages = [[0] if devices == 1 else [0, -1, -1, -1, -1]] * len(examples)
+        parts.append((place, examples, passages))
+    return parts
+
+
+@pytest.mark.parametrize("most", [None, 23, 10**6])
+def test_without_a_cap_the_order_is_what_it_has_always_been(most):
+    """Bit for bit: a run that was begun before there was `max_examples` goes on in the same order."""
+    plan, mixed = make_plan(max_examples=most), make_mixed(max_examples=most)
+    for number in range(40):
+        for step, expected in (
+            (plan.step(number), planned(number, [4, 4, 6, 6])),
+            (mixed.step(number), planned(number, [2, 2, 2, 2], 4)),
+        ):
+            found = [(source, own.tolist(), passages.tolist()) for source, own, passages in parts_of(step)]
+            assert found == expected
+
+
+def subsets(plan: Plan, epochs: int) -> list[set[int]]:
+    """The examples of each data set that come up in so many epochs."""
+    used: list[set[int]] = [set() for _ in plan.sources]
+    for number in range(epochs * plan.steps_per_epoch):
+        for source, examples, _ in parts_of(plan.step(number)):
+            assert len(set(examples.tolist())) == examples.size
+            used[source].update(examples.tolist())
+    return used
+
+
+@HYPOTHESIS
+@given(most=st.integers(6, 25), seed=st.integers(0, 2**32 - 1))
+def test_of_each_data_set_so_many_examples_are_used(most, seed):
+    plan = make_plan(seed, max_examples=most)
+    sizes = [source.index.position.size for source in SOURCES]
+    counts = [min(size, most) for size in sizes]
+    batch_sizes = [4, 4, 6, 6]
+    assert plan.steps_per_epoch == sum(count // size for count, size in zip(counts, batch_sizes, strict=True))
+    used = subsets(plan, 40)
+    # Examples left out of one epoch for lack of a whole batch come up in another.
+    assert [len(own) for own in used] == counts
+    assert all(own <= set(range(size)) for own, size in zip(used, sizes, strict=True))
+
+
+def test_the_subset_is_the_same_in_every_epoch_and_after_a_restart():
+    plan = make_plan(max_examples=9)
+    used = subsets(plan, 40)
+    for start in (0, 17):
+        again = make_plan(max_examples=9)
+        for number in range(start, start + 200):
+            step = again.step(number)
+            assert set(step.examples.tolist()) <= used[source_of(step)]
+            assert as_value(step) == as_value(plan.step(number))
+
+
+def test_the_subset_depends_on_the_seed_alone():
+    used = subsets(make_plan(max_examples=9), 40)
+    assert [len(own) for own in used] == [9, 9, 9, 6]
+    for other in (
+        make_plan(max_examples=9, ir_global_batch_size=3, sts_global_batch_size=2),
+        make_plan(max_examples=9, positives_per_query=1, negatives_per_query=0),
+        make_plan(max_examples=9, ir_share=0.75),
+        make_mixed(max_examples=9),
+        make_mixed(devices=2, max_examples=9),
+    ):
+        assert subsets(other, 40) == used
+    for seed in (0, 48, 50):
+        others = subsets(make_plan(seed, max_examples=9), 40)
+        assert all(one != other for one, other in zip(used[:3], others[:3], strict=True))
+
+
+def test_every_example_is_as_likely_to_be_in_the_subset():
+    """In 6000 subsets of 6 of 20: each example 1800 times, give or take five standard deviations of 35.5."""
+    source = [make_source("pairs", "sts", 20, 3)]
+    counts = np.zeros(20, int)
+    for seed in range(6000):
+        counts[make_plan(seed, source, max_examples=6).step(0).examples] += 1
+    assert counts.sum() == 6 * 6000
+    assert (np.abs(counts - 1800) < 178).all()
+
+
+def test_a_cap_below_the_batch_size_is_an_error():
+    with pytest.raises(UserError) as caught:
+        make_plan(max_examples=5)
+    assert str(caught.value).splitlines()[1:] == [
+        "  pairs: 5 examples, data.sts_global_batch_size is 6",
+        "  questions: 5 examples, data.sts_global_batch_size is 6",
+    ]

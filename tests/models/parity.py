@@ -10,9 +10,9 @@ from flax import nnx
 from transformers import AutoModel
 
 from codiemb_jax.batch import TokenRows
+from codiemb_jax.checkpoints.model import PretrainedModel, open_model
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.checkpoints.model import ModelFolder, open_model
 
 LENGTHS = (500, 7, 131, 1)
 
@@ -29,13 +29,13 @@ def as_rows(tokens: np.ndarray, mask: np.ndarray) -> TokenRows:
     return TokenRows(*(x.astype(np.int32) for x in (tokens, positions, mask, mask)))
 
 
-def open_folder(path: Path, attention: str = "bidirectional", **settings: Any) -> ModelFolder:
+def open_folder(path: Path, attention: str = "bidirectional", **settings: Any) -> PretrainedModel:
     settings = ModelSettings(path=str(path), attention=attention, compute_dtype="float32", **settings)
     return open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
 
 
 def assert_same_hidden_states(
-    ours: ModelFolder,
+    ours: PretrainedModel,
     theirs: torch.nn.Module,
     tokens: np.ndarray,
     mask: np.ndarray,

@@ -14,11 +14,11 @@ from transformers import GraniteConfig, GraniteModel, LlamaConfig, LlamaModel, Q
 
 import codiemb_jax
 from codiemb_jax.batch import TokenRows
+from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.models.embed import embed, embed_with_middle
 from codiemb_jax.models.pooling import unit
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.checkpoints.model import open_model
 from tests.models.parity import as_rows, assert_same_hidden_states, open_folder, random_tokens, read_theirs
 
 TINY = {
@@ -121,7 +121,9 @@ def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, token
     random = np.random.default_rng(1)
     lengths = [5, 9, 3, 11]
     texts = [random.integers(3, 300, length) for length in lengths]
-    padded, packed = (TokenRows(*(np.zeros(shape, np.int32) for _ in TokenRows._fields)) for shape in ((4, 12), (2, 16)))
+    padded, packed = (
+        TokenRows(*(np.zeros(shape, np.int32) for _ in TokenRows._fields)) for shape in ((4, 12), (2, 16))
+    )
 
     def put(rows: TokenRows, row: int, start: int, segment: int, text: np.ndarray) -> None:
         place = (row, slice(start, start + text.size))

@@ -75,7 +75,7 @@ def test_padding_tokens_inside_a_text_have_the_positions_of_transformers(kind, t
     model = nnx.merge(ours.graph, ours.load())
     padded = as_rows(tokens[1:3, :140], mask[1:3, :140])
     packed = TokenRows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
-    packed.segments[0, 7:138] = 2
+    packed.segment_ids[0, 7:138] = 2
     np.testing.assert_allclose(embed(model, packed, slots=2), embed(model, padded), atol=3e-5)
 
 
@@ -118,7 +118,7 @@ def test_packed_texts_have_the_vectors_of_padded_ones(kind, pooling, tmp_path, t
     tokens, mask = tokens[1:3, :140], mask[1:3, :140]  # 7 and 131 tokens
     padded = as_rows(tokens, mask)
     packed = TokenRows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
-    packed.segments[0, 7:138] = 2
+    packed.segment_ids[0, 7:138] = 2
     for one, many in zip(embed_with_middle(model, padded), embed_with_middle(model, packed, slots=2), strict=True):
         np.testing.assert_allclose(one, many, atol=3e-5)
 
@@ -146,11 +146,11 @@ def test_dropout_is_that_of_the_config_unless_overridden(kind, tmp_path, tokeniz
     assert rates == {None: (0.1, 0.1, True), 0.0: (0.0, 0.0, False), 0.3: (0.3, 0.3, True)}
     tokens, mask = random_tokens(300)
     rows = as_rows(tokens[1:], mask[1:])
-    keys = jax.random.split(jax.random.key(3), 3)
+    keys = jax.random.split(jax.random.key(3), rows.tokens.shape)
     folder = open_folder(tmp_path)
     model = nnx.merge(folder.graph, folder.load())
-    plain, dropped = embed(model, rows), embed(model, rows, keys)
+    plain, dropped = embed(model, rows), embed(model, rows, dropout_keys=keys)
     assert np.abs(plain - dropped).max() > 0.01
-    np.testing.assert_array_equal(dropped, embed(model, rows, keys))
+    np.testing.assert_array_equal(dropped, embed(model, rows, dropout_keys=keys))
     without = nnx.merge(open_folder(tmp_path, dropout=0.0).graph, folder.load())
-    np.testing.assert_array_equal(embed(without, rows, keys), embed(without, rows))
+    np.testing.assert_array_equal(embed(without, rows, dropout_keys=keys), embed(without, rows))

@@ -48,7 +48,7 @@ def test_each_pooling_is_that_of_numpy(pooling, masks, seed, left, packed):
         if not packed:
             place = length - mask.size if left else 0
         own = slice(place, place + mask.size)
-        hidden[row, own], empty.segments[row, own], empty.pooled[row, own] = states, segment, mask
+        hidden[row, own], empty.segment_ids[row, own], empty.pooling_mask[row, own] = states, segment, mask
         empty.positions[row, own] = np.arange(mask.size)
         place += mask.size
     found = np.asarray(pool(hidden, empty, slots, pooling)).reshape(-1, 3)

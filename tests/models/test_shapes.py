@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import codiemb_jax
-from codiemb_jax.config import MeshSettings, ModelSettings
 from codiemb_jax.checkpoints.families import family_of
+from codiemb_jax.config import MeshSettings, ModelSettings
+from codiemb_jax.models.build import abstract_model
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.training.state import abstract_model
 from scripts.make_random_checkpoint import make
 from tests.models.parity import assert_same_hidden_states, open_folder, random_tokens
 
@@ -35,10 +35,10 @@ def test_parameters_are_those_of_the_published_model(shape):
     hf = json.loads((SHAPES / f"{shape}.json").read_text())
     family = family_of(hf)
     config = family.read_config(hf)
-    _, abstract = abstract_model(family, config, ModelSettings(path=shape), make_mesh(MeshSettings()))
+    _, abstract = abstract_model(family.model, config, ModelSettings(path=shape), make_mesh(MeshSettings()))
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     if family.model_type in ("bert", "xlm-roberta"):
-        count += config.hidden_size**2 + config.hidden_size  # the pooler, which is carried along passthrough
+        count += config.hidden_size**2 + config.hidden_size  # the pooler, which is passed through
     assert count == PARAMETERS[shape]
     by_transformers = AutoConfig.for_model(**family.stock(hf) | {"torch_dtype": "float32"})
     with torch.device("meta"):

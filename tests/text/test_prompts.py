@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax.config import PromptSettings
+from codiemb_jax.errors import UserError
 from codiemb_jax.text.prompts import EmptyContent, PromptTokenizer
 from codiemb_jax.text.records import Triple
-from codiemb_jax.errors import UserError
 
 WRAPPED = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
 SLOWLY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -39,6 +39,32 @@ def test_without_instruction_there_is_no_query_prompt(tokenizer):
 def test_a_passage_has_its_own_prompt_and_no_instruction(tokenizer):
     (tokens,) = PromptTokenizer(tokenizer, WRAPPED).tokenize_passages([Triple("find", "", "brown fox")], 99)
     assert decoded(tokenizer, tokens) == ("<s>Passage:", " brown fox</s>")
+
+
+def test_pooling_may_cover_the_prompt(tokenizer):
+    triples = [Triple("find", "", "brown fox")]
+    left_out = PromptTokenizer(tokenizer, WRAPPED)
+    covered = PromptTokenizer(tokenizer, WRAPPED.model_copy(update={"include_in_pooling": True}))
+    for name in ("tokenize_queries", "tokenize_passages"):
+        (one,), (other,) = (getattr(encoder, name)(triples, 99) for encoder in (left_out, covered))
+        assert one.content > other.content == 0
+        assert np.array_equal(one.ids, other.ids)
+
+
+def test_texts_after_a_prompt_are_those_of_training(tokenizer):
+    encoder = PromptTokenizer(tokenizer, WRAPPED)
+    texts = [" brown fox:\n", "我", "a b c " * 30]
+    triples = [Triple.of(WRAPPED.default_instruction, "", text) for text in texts]
+    assert set(encoder.prompts) == {"query", "document"}
+    assert encoder.query_prompt(WRAPPED.default_instruction) == encoder.prompts["query"]
+    assert encoder.query_prompt("find") == "<s>Instruction: find Query: "
+    assert encoder.query_prompt("") == "<s>"
+    for name, expected in (
+        ("query", encoder.tokenize_queries(triples, 60)),
+        ("document", encoder.tokenize_passages(triples, 60)),
+    ):
+        for found, tokens in zip(encoder.tokenize(texts, encoder.prompts[name], 60), expected, strict=True):
+            assert np.array_equal(found.ids, tokens.ids) and found.content == tokens.content
 
 
 def test_no_special_tokens_unless_asked_for(tokenizer):
@@ -163,8 +189,8 @@ def test_the_tokenizer_must_be_fast():
 
 
 def test_the_fingerprint_follows_what_the_ids_depend_on(make_tokenizer, tokenizer):
-    def fingerprint(tokenizer, **strings):
-        return PromptTokenizer(tokenizer, PromptSettings(**strings)).fingerprint
+    def fingerprint(tokenizer, **prompt):
+        return PromptTokenizer(tokenizer, PromptSettings(**prompt)).fingerprint
 
     base = fingerprint(tokenizer)
     tokenizer(["a", "b c"], truncation=True, padding=True)
@@ -176,5 +202,6 @@ def test_the_fingerprint_follows_what_the_ids_depend_on(make_tokenizer, tokenize
         fingerprint(tokenizer, end="<s>"),
         fingerprint(tokenizer, query="{instruction} "),
         fingerprint(tokenizer, passage="<s>"),
+        fingerprint(tokenizer, include_in_pooling=True),
     ]
-    assert len({base, *others}) == 6
+    assert len({base, *others}) == 7

@@ -1,13 +1,14 @@
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from codiemb_jax.text.records import Record, Triple, find_files, read_records
 from codiemb_jax.errors import UserError
+from codiemb_jax.text.records import Record, Triple, data_set_names, find_files, read_records
 
 SLOWLY = settings(
     derandomize=True,
@@ -105,6 +106,12 @@ def test_optional_keys_may_be_missing_and_blank_lines_are_skipped(tmp_path):
     assert next(read_records(path, "ir")).negatives == ()
 
 
+@pytest.mark.parametrize("value", [None, {"id": 3}, [1, "a"]])
+def test_meta_data_may_be_anything(tmp_path, value):
+    (record,) = read_records(write(tmp_path, ir_line(meta_data=value)), "ir")
+    assert [record] == list(read_records(write(tmp_path, ir_line()), "ir"))
+
+
 def test_a_line_ends_at_a_newline_only(tmp_path):
     line = json.dumps(ir_line(query=["", "", "a\u2028b\x85c"]), ensure_ascii=False)
     assert next(read_records(write(tmp_path, line + "\r"), "ir")).query.text == "a\u2028b\x85c"
@@ -125,11 +132,11 @@ MISPLACED = (
     ("line", "expected"),
     [
         (b'{"task_type": "\xff"}', "byte 16 is not valid UTF-8, expected UTF-8 text"),
-        ("[1, 2]", "a list of 2 is not an object, expected one JSON object a line"),
+        ("[1, 2]", "a list of 2 is not an object, expected one JSON object per line"),
         (
             ir_line(score=[1]),
             "score: unknown key, expected one of task_type, query, positives, negatives, "
-            "positive_scores, negative_scores",
+            "positive_scores, negative_scores, meta_data",
         ),
         ({"task_type": "ir", "positives": [["", "", "p"]]}, "query: missing"),
         ({"query": ["", "", "q"], "positives": [["", "", "p"]]}, "task_type: missing"),
@@ -144,6 +151,7 @@ MISPLACED = (
         (ir_line(positives=None), f"positives: null, expected a list; each item {PARTS}"),
         (ir_line(positives=[]), "positives: empty, expected at least one"),
         (ir_line(query=["t", "instance", " :\n"]), f"query: {NO_TEXT}"),
+        (ir_line(query=["t", "instance", "\u3000\xa0"]), f"query: {NO_TEXT}"),
         (ir_line(negatives=[["", "", ""]]), f"negatives[0]: {NO_TEXT}"),
         (
             ir_line(query=["", "", "\ud800"]),
@@ -181,7 +189,7 @@ def test_what_is_wrong_with_an_sts_line(tmp_path, line, expected):
 @pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"a": ' + "1" * 5000 + "}", "nonsense"])
 def test_invalid_json(tmp_path, line):
     (problem,) = problems(write(tmp_path, ir_line(), line), "ir")
-    assert problem.startswith("2: invalid JSON (") and problem.endswith("expected one JSON object a line")
+    assert problem.startswith("2: invalid JSON (") and problem.endswith("expected one JSON object per line")
 
 
 def test_all_problems_of_a_line_are_told(tmp_path):
@@ -259,6 +267,36 @@ def test_paths_that_cannot_be_used_are_all_told(tmp_path):
         "data.sts:",
         f"  {tmp_path}/empty: the folder holds no .json or .jsonl file",
         f"  {tmp_path}/missing.jsonl: no such file or folder",
-        f"  {tmp_path}/a.csv: expected a .json or .jsonl file, one JSON object a line, or a folder",
-        f"  {tmp_path}/folder/a.json: listed 2 times; list each file once",
+        f"  {tmp_path}/a.csv: expected a .json or .jsonl file, one JSON object per line, or a folder",
+        f"  {tmp_path}/folder/a.json and {tmp_path}/folder/../folder/a.json: the same file 2 times; "
+        "list each file once",
     ]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_is_the_same_under_another_name(link, tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    link(tmp_path / "a.json", tmp_path / "b.json")
+    with pytest.raises(UserError) as caught:
+        find_files([tmp_path / "a.json", tmp_path / "b.json"], "data.ir")
+    names = f"{tmp_path}/a.json and {tmp_path}/b.json"
+    assert str(caught.value) == f"data.ir:\n  {names}: the same file 2 times; list each file once"
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(UserError, match=f"{tmp_path}/a.json: is neither a file nor a folder"):
+        find_files([tmp_path / "a.json"], "data.ir")
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        ([], []),
+        (["x/a.json", "x/b.json"], ["a", "b"]),
+        (["x/a.json", "x/a.jsonl"], ["a.json", "a.jsonl"]),
+        (["x/a.json", "y/a.json", "y/b.json"], ["x/a.json", "y/a.json", "y/b.json"]),
+    ],
+)
+def test_data_sets_have_the_shortest_names_that_differ(files, names):
+    assert data_set_names([Path(file) for file in files]) == names

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import Settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.prepare import prepare
-from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.data.sampler import Plan, Source
-from codiemb_jax.sharding import row_sharding, make_mesh
-from codiemb_jax.checkpoints.model import open_model
+from codiemb_jax.sharding import make_mesh, row_sharding
+from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.training.optimizer import make_optimizer
 from codiemb_jax.training.schedule import learning_rate
-from codiemb_jax.training.state import TrainState, abstract_opt_state, initial_opt_state, make_optimizer
+from codiemb_jax.training.state import abstract_state, initial_state
 from codiemb_jax.training.step import make_step
 
 STEPS = 10
@@ -42,7 +43,7 @@ def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:
 
 
 def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]], int]:
-    """Loss and gradient norm of every step, with its shape, and how many programs were compiled."""
+    """Loss and gradient norm of every step, with its row length, and how many programs were compiled."""
     mesh = make_mesh(settings.mesh, jax.devices()[:devices])
     model = open_model(settings.model, settings.prompt, mesh)
     encoder = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
@@ -52,21 +53,25 @@ def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]]
         for task, paths in (("ir", settings.data.ir), ("sts", settings.data.sts))
         for path in paths
     ]
-    plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings.data, settings.seed)
+    plan = Plan([Source(d.path.stem, d.task, d.index) for d in data_sets], settings.data, settings.seed)
     schedule = learning_rate(settings.optimizer, STEPS)
     optimizer = make_optimizer(settings.optimizer, schedule)
     lines = []
     with jax.set_mesh(mesh):
-        layout = TrainState(model.abstract, abstract_opt_state(optimizer, model.abstract))
-        params = model.load(settings.seed)
-        state = TrainState(params, initial_opt_state(optimizer, params))
-        step = make_step(model.graph, optimizer, schedule, settings, mesh, layout, model.config.has_dropout)
+        layout = abstract_state(optimizer, model.abstract)
+        state = initial_state(optimizer, model.load(settings.seed), layout)
+        steps = {
+            task.name: make_step(
+                model.graph, optimizer, schedule, settings, mesh, layout, task.name, model.config.has_dropout
+            )
+            for task in settings.tasks
+        }
         for step_plan, batch in batches(plan, data_sets, row_sharding(mesh), start=0, stop=STEPS):
-            state, metrics = step(state, np.int32(step_plan.number), batch)
+            state, metrics = steps[step_plan.task](state, np.int32(step_plan.number), batch)
             values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-            shape = (step_plan.query_row, step_plan.passage_row)
-            lines.append({"task": step_plan.task, "epoch": step_plan.epoch, "shape": shape, **values})
-    return lines, step._cache_size()
+            line = {"task": step_plan.task, "epoch": step_plan.epoch, "row_length": step_plan.row_length}
+            lines.append(line | values)
+    return lines, sum(step._cache_size() for step in steps.values())
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,7 @@ def test_it_compiles_once_a_task_and_shape(golden, cache):
     # Small batches of texts of many lengths: several shapes a task.
     data = settings.data.model_copy(update={"ir_global_batch_size": 2, "sts_global_batch_size": 4})
     lines, compiled = run(settings.model_copy(update={"data": data}), 1, cache)
-    met = {(line["task"], line["shape"]) for line in lines}
+    met = {(line["task"], line["row_length"]) for line in lines}
     assert compiled == len(met)
     assert len(met) > 2
     assert len(met) < len(lines)

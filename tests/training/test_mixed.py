@@ -16,27 +16,31 @@ import yaml
 from flax import nnx
 
 import codiemb_jax
-from codiemb_jax.batch import MixedBatch
+from codiemb_jax.batch import Batch
+from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import Settings
 from codiemb_jax.data.loader import batches
+from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
-from codiemb_jax.text.prompts import PromptTokenizer
-from codiemb_jax.data.sampler import Plan, Source
+from codiemb_jax.data.sampler import Source
 from codiemb_jax.models.embed import embed_with_middle
 from codiemb_jax.models.pooling import unit
-from codiemb_jax.objectives.tasks import ir_objective, sts_objective
-from codiemb_jax.sharding import row_sharding, make_mesh
-from codiemb_jax.checkpoints.model import open_model
+from codiemb_jax.objectives.groups import Examples, Groups
+from codiemb_jax.objectives.registry import OBJECTIVES
+from codiemb_jax.sharding import make_mesh, row_sharding
+from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.training.step import batch_loss
 
 TRAIN = Path(codiemb_jax.__file__).parent / "quickstart" / "data" / "train"
 
 
 def write_data(folder: Path) -> dict[str, list[str]]:
-    """Three IR files of 11 to 13 examples and two STS files of 17 and 18."""
+    """Three IR files of 11 to 13 examples, every third without negatives, and two STS files of 17 and 18."""
     paths: dict[str, list[str]] = {}
     for task, sizes in (("ir", (11, 12, 13)), ("sts", (17, 18))):
         lines = [line for path in sorted((TRAIN / task).glob("*.jsonl")) for line in path.open(encoding="utf-8")]
+        if task == "ir":
+            lines[::3] = [json.dumps(json.loads(line) | {"negatives": []}) + "\n" for line in lines[::3]]
         for number, size in enumerate(sizes):
             path = folder / f"{task}{number}.jsonl"
             path.write_text("".join(lines[number * 20 :][:size]), encoding="utf-8")
@@ -58,9 +62,20 @@ def settings_of(golden: Path, folder: Path, **sections) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_the_loss_is_the_mean_of_what_each_device_has(chunks, golden, tmp_path):
-    settings = Settings.model_validate(settings_of(golden, tmp_path, encode_chunks=chunks))
+@pytest.mark.parametrize(
+    ("ir", "sts", "chunks"),
+    [
+        ("info_nce", "codi", 1),
+        ("info_nce", "codi", 2),
+        ("info_nce", "info_nce", 1),
+        ("info_nce", "cosent", 1),
+        ("cosent", "codi", 2),
+        ("cosent", "cosent", 1),
+    ],
+)
+def test_the_loss_is_the_mean_of_what_each_device_has(ir, sts, chunks, golden, tmp_path):
+    chosen = {"ir": ir, "sts": sts, "sts_list_size": None}
+    settings = Settings.model_validate(settings_of(golden, tmp_path, encode_chunks=chunks, objective=chosen))
     mesh = make_mesh(settings.mesh, jax.devices()[:4])
     model = open_model(settings.model, settings.prompt, mesh)
     encoder = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
@@ -70,47 +85,60 @@ def test_the_loss_is_the_mean_of_what_each_device_has(chunks, golden, tmp_path):
         for task, paths in (("ir", settings.data.ir), ("sts", settings.data.sts))
         for path in paths
     ]
-    plan = Plan([Source(d.name, d.task, d.index) for d in data_sets], settings.data, settings.seed, 4)
+    sources = [Source(d.path.stem, d.task, d.index) for d in data_sets]
+    plan = MixedPlan(sources, settings.data, settings.seed, 4)
     graph, objective = model.graph, settings.objective
 
-    def of_device(params: Any, batch: MixedBatch, device: int, is_ir: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def of_device(params: Any, batch: Batch, device: int, is_ir: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         """What a device's two examples amount to, computed without the others."""
         own = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(4, -1, *leaf.shape[1:])[device], batch)
-        encoded = [embed_with_middle(nnx.merge(graph, params), rows) for rows in (own.queries, own.passages)]
-        (first, middle_first), (second, middle_second) = jax.tree.map(unit, encoded)
+        encoded = embed_with_middle(nnx.merge(graph, params), own.rows)
+        # Two queries, and three texts of each.
+        first, middle_first = (unit(vectors)[:2] for vectors in encoded)
+        second, middle_second = (unit(vectors)[2:].reshape(2, 3, -1) for vectors in encoded)
         if is_ir:
-            return ir_objective(first, second, own.present, settings=objective)
+            examples = Examples(first, second, own.passages[:, 1:] >= 0, own.scores)
+            return OBJECTIVES[ir]["ir"].compute(examples, objective, Groups(None))
         # Of a pair's three texts only the first is one.
-        return sts_objective(first, second[::3], (middle_first, middle_second[::3]), own.scores, settings=objective)
+        middle = (middle_first, middle_second[:, :1])
+        examples = Examples(first, second[:, :1], jnp.zeros((2, 0), bool), own.scores, middle)
+        return OBJECTIVES[sts]["sts"].compute(examples, objective, Groups(None))
 
     compiled = jax.jit(jax.value_and_grad(of_device, has_aux=True), static_argnums=3)
-    mixes = set()
+    mixes, present = set(), set()
     with jax.set_mesh(mesh):
         params = model.load()
-        whole = jax.jit(jax.value_and_grad(partial(batch_loss, graph, settings=settings, mesh=mesh), has_aux=True))
+        loss_of = partial(batch_loss, graph, task="mixed", settings=settings, mesh=mesh)
+        whole = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
         found = [
             (step, jax.device_get(batch), jax.device_get(whole(params, batch)))
             for step, batch in batches(plan, data_sets, row_sharding(mesh), start=0, stop=4)
         ]
     params = jax.device_get(params)
     for step, batch, ((loss, parts), gradient) in found:
-        assert isinstance(batch, MixedBatch)
+        assert step.task == "mixed" and type(batch) is Batch
         expected: dict[str, list[float]] = {}
         gradients = []
-        is_ir = tuple(data_sets[part.source].task == "ir" for part in step.parts)
+        is_ir = tuple(data_sets[source].task == "ir" for source in step.sources)
         for device in range(4):
             (device_loss, device_parts), device_gradient = compiled(params, batch, device, is_ir[device])
             gradients.append(device_gradient)
+            if ir == sts and not is_ir[device]:
+                device_parts = {f"sts_{name}": value for name, value in device_parts.items()}
             for name, value in {"loss": device_loss, **device_parts}.items():
                 expected.setdefault(name, []).append(float(value))
+        assert set(expected) <= {"loss", *parts}
         for name, value in {"loss": loss, **parts}.items():
             if name in expected:
                 assert value == pytest.approx(np.mean(expected[name]), rel=1e-5, abs=1e-6), name
             else:
                 assert np.isnan(value)
         for one, *others in zip(jax.tree.leaves(gradient), *map(jax.tree.leaves, gradients), strict=True):
+            assert np.isfinite(one).all()
             np.testing.assert_allclose(one, np.mean(others, axis=0), atol=2e-5 * np.abs(one).max())
         mixes.add(is_ir)
+        present |= set((batch.passages[np.repeat(is_ir, 2), 1:] >= 0).all(axis=1).tolist())
+    assert present == {True, False}  # some queries have negatives, others none
     assert len(mixes) > 1 and {True, False} == {one for mix in mixes for one in mix}
 
 
@@ -149,7 +177,7 @@ def test_it_runs_through_on_four_devices(golden, tmp_path):
     settings["mesh"] = {"fsdp": 1}
     done = start(settings, tmp_path, 2)
     assert done.returncode == 2
-    assert "devices with rows of their own (mesh.data x mesh.fsdp): 4 there, 2 now" in done.stderr
+    assert "devices with different rows (mesh.data x mesh.fsdp): was 4, now 2" in done.stderr
     assert len(done.stderr.splitlines()) == 2
     done = start(settings, tmp_path, 4, "--mesh.tensor", "1")
     assert done.returncode == 0, done.stderr
@@ -168,3 +196,27 @@ def test_one_task_alone(task, pool, golden, tmp_path):
     assert [line["task"] for line in lines] == ["mixed"] * 2
     assert all(name.startswith(task) for line in lines for name in line["dataset"])
     assert all(("info_nce" in line) == (task == "ir") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("ir", "sts", "parts"),
+    [
+        ("info_nce", "info_nce", {"ir": "info_nce", "sts": "sts_info_nce"}),
+        ("cosent", "cosent", {"ir": "cosent", "sts": "sts_cosent"}),
+        ("cosent", "info_nce", {"ir": "cosent", "sts": "info_nce"}),
+    ],
+)
+def test_other_objectives_run_through(ir, sts, parts, golden, tmp_path):
+    optimizer = {"learning_rate": 1e-4, "max_steps": 6}
+    settings = settings_of(golden, tmp_path, optimizer=optimizer, export=False)
+    settings["objective"] |= {"ir": ir, "sts": sts}
+    done = start(settings, tmp_path, 4)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6))
+    for line in lines:
+        held = {part for task, part in parts.items() if any(name.startswith(task) for name in line["dataset"])}
+        assert set(line) & set(parts.values()) == held
+        assert all(np.isfinite(line[name]) for name in ("loss", "grad_norm", *held))
+    assert any(line["grad_norm"] > 0 for line in lines)
+    assert set(parts.values()) <= {name for line in lines for name in line}

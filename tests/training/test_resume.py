@@ -105,7 +105,7 @@ def test_other_settings_do_not_continue_a_run(runs) -> None:
     process = start(other, folder / "cache")
     output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 2
-    assert "optimizer.learning_rate: 0.001 there, 0.002 now" in output
+    assert "optimizer.learning_rate: was 0.001, now 0.002" in output
     assert "Traceback" not in output
 
 

@@ -1,141 +1,78 @@
 """What IR and STS add up: the original's figures, pools and lists, and any number of devices."""
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
 from numpy.testing import assert_allclose
 
 from codiemb_jax.config import ObjectiveSettings
 from codiemb_jax.objectives import contrastive, ranking
-from codiemb_jax.objectives.tasks import ir_objective, sts_objective
+from codiemb_jax.objectives.contrastive import info_nce_ir
+from codiemb_jax.objectives.ranking import codi_sts
+from tests.objectives.layouts import (
+    LAYOUTS,
+    B,
+    assert_same,
+    assert_same_on_devices,
+    ir_batch,
+    ir_examples,
+    ir_loss,
+    on_one,
+    per_device,
+    sts_batch,
+    sts_examples,
+    sts_loss,
+    values_and_grads,
+)
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "losses.npz")
-AXES = ("data", "fsdp")
-B, DIM, POSITIVES, NEGATIVES = 24, 8, 2, 3
-# (mesh, size of a pool or list): smaller than a shard, equal to it, larger, and lying across its borders.
-LAYOUTS = [
-    ((1, 1), 8),
-    ((2, 1), 8),
-    ((2, 2), 3),
-    ((1, 4), 8),
-    ((4, 2), 2),
-    ((4, 2), 3),
-    ((4, 2), 8),
-    ((4, 2), None),
-]
-
-
-def vectors(rng, *shape):
-    x = rng.normal(size=shape)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-@cache
-def ir_batch():
-    rng = np.random.default_rng(0)
-    passages = vectors(rng, B * (POSITIVES + NEGATIVES), DIM)
-    return vectors(rng, B, DIM), passages, rng.random((B, NEGATIVES)) < 0.8
-
-
-@cache
-def sts_batch():
-    """first, second, first of the middle, second of the middle, scores."""
-    rng = np.random.default_rng(1)
-    return *(vectors(rng, B, DIM) for _ in range(4)), rng.integers(0, 5, B) / 4
-
-
-def ir_loss(objective, queries, passages):
-    return objective(queries, passages, ir_batch()[2])
-
-
-def sts_loss(objective, first, second, middle_first, middle_second):
-    return objective(first, second, (middle_first, middle_second), sts_batch()[4])
-
-
-def values_and_grads(loss, inputs):
-    """((loss, parts), gradients of the inputs)."""
-    return jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True))(*inputs)
-
+IR_SETTINGS = ObjectiveSettings(temperature=0.05)
 
 pearson, rank_kl, pro = (jax.jit(loss) for loss in (ranking.pearson, ranking.rank_kl, ranking.pro))
 in_batch_info_nce = jax.jit(contrastive.in_batch_info_nce)
 
 
-def ir(settings, *arguments):
-    return jax.jit(partial(ir_objective, settings=settings))(*arguments)
+def ir(settings, size, *batch):
+    return jax.jit(on_one(info_nce_ir, settings, size))(ir_examples(*batch))
 
 
-def sts(settings, *arguments):
-    return jax.jit(partial(sts_objective, settings=settings))(*arguments)
+def sts(settings, size, *batch):
+    return jax.jit(on_one(codi_sts, settings, size))(sts_examples(*batch))
 
 
 @cache
 def unsharded_ir(size):
-    settings = ObjectiveSettings(ir_pool_size=size, temperature=0.05)
-    return values_and_grads(partial(ir_loss, partial(ir_objective, settings=settings)), ir_batch()[:2])
+    return values_and_grads(ir_loss(on_one(info_nce_ir, IR_SETTINGS, size)), ir_batch()[:2])
 
 
 @cache
 def unsharded_sts(size):
-    settings = ObjectiveSettings(sts_list_size=size)
-    return values_and_grads(partial(sts_loss, partial(sts_objective, settings=settings)), sts_batch()[:4])
-
-
-def per_device(objective, settings, shape, arguments):
-    """The objective on a (data, fsdp) mesh, each argument cut along its leading axis."""
-    devices = jax.devices()[: shape[0] * shape[1]]
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
-    return jax.shard_map(
-        partial(objective, settings=settings, axes=AXES),
-        mesh=mesh,
-        in_specs=(PartitionSpec(AXES),) * arguments,
-        out_specs=PartitionSpec(),
-        check_vma=True,
-    )
-
-
-def assert_same(got, expected):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert_allclose(one, other, rtol=1e-12, atol=1e-12)
-
-
-def assert_same_on_devices(loss, inputs, shape, size, expected):
-    """Value and gradients are those of no mesh, and only what does not lie on one device is gathered."""
-    traced = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True)).trace(*inputs)
-    assert_same(traced.lower().compile()(*inputs), expected)
-    shard = B // (shape[0] * shape[1])
-    assert ("all_gather" in str(traced.jaxpr)) == (shard % (size or B) != 0)
+    return values_and_grads(sts_loss(on_one(codi_sts, ObjectiveSettings(), size)), sts_batch()[:4])
 
 
 @pytest.mark.parametrize(("shape", "size"), LAYOUTS)
 def test_ir_does_not_depend_on_devices(shape, size):
-    sharded = per_device(ir_objective, ObjectiveSettings(ir_pool_size=size, temperature=0.05), shape, 3)
-    assert_same_on_devices(partial(ir_loss, sharded), ir_batch()[:2], shape, size, unsharded_ir(size))
+    sharded = per_device(info_nce_ir, IR_SETTINGS, size, shape)
+    assert_same_on_devices(ir_loss(sharded), ir_batch()[:2], shape, size, unsharded_ir(size))
 
 
 @pytest.mark.parametrize(("shape", "size"), LAYOUTS)
 def test_sts_does_not_depend_on_devices(shape, size):
-    sharded = per_device(sts_objective, ObjectiveSettings(sts_list_size=size), shape, 4)
-    assert_same_on_devices(partial(sts_loss, sharded), sts_batch()[:4], shape, size, unsharded_sts(size))
+    sharded = per_device(codi_sts, ObjectiveSettings(), size, shape)
+    assert_same_on_devices(sts_loss(sharded), sts_batch()[:4], shape, size, unsharded_sts(size))
 
 
 def test_ir_pools_are_separate_losses():
     size = 8
     queries, passages, present = ir_batch()
-    width = POSITIVES + NEGATIVES
-    settings = ObjectiveSettings(ir_pool_size=None, temperature=0.05)
+    compute = on_one(info_nce_ir, IR_SETTINGS, None)
 
     def separately(queries, passages):
         pools = [slice(i, i + size) for i in range(0, B, size)]
-        by_example = passages.reshape(B, width, DIM)
-        losses = [
-            ir_objective(queries[p], by_example[p].reshape(-1, DIM), present[p], settings=settings)[0] for p in pools
-        ]
+        losses = [compute(ir_examples(queries[p], passages[p], present[p]))[0] for p in pools]
         return sum(losses) / len(losses)
 
     expected, grads = jax.jit(jax.value_and_grad(separately, (0, 1)))(queries, passages)
@@ -167,8 +104,8 @@ def test_sts_lists_are_separate_losses():
 @pytest.mark.parametrize("case", ["P2N4B6D16T0.02", "P2N4B28D64T0.02"])
 def test_ir_golden(case):
     queries, passages, loss = (GOLDEN[f"ir_all/{case}/{name}"] for name in ("in0", "in1", "loss"))
-    settings = ObjectiveSettings(temperature=0.02, ir_pool_size=None)
-    got, _ = ir(settings, queries, passages, np.ones((len(queries), 4), bool))
+    by_example = passages.reshape(len(queries), 2 + 4, -1)
+    got, _ = ir(ObjectiveSettings(temperature=0.02), None, queries, by_example, np.ones((len(queries), 4), bool))
     assert_allclose(got, loss, rtol=1e-9)
 
 
@@ -181,10 +118,12 @@ def test_sts_golden(case):
     parts = {name: GOLDEN[f"{name}/{case}/loss"] for name in ("pearson", "rank_kl", "pro")}
     parts["mid_info_nce"] = GOLDEN[f"sts_nce/{case}/loss"]
     loss, got = sts(
-        ObjectiveSettings(sts_list_size=None),
+        ObjectiveSettings(),
+        None,
         similarity[:, None],
         np.ones((len(scores), 1)),
-        (GOLDEN[f"sts_nce/{case}/in0"], GOLDEN[f"sts_nce/{case}/in1"]),
+        GOLDEN[f"sts_nce/{case}/in0"],
+        GOLDEN[f"sts_nce/{case}/in1"],
         scores,
     )
     assert set(got) == set(parts)
@@ -201,7 +140,7 @@ def test_sts_golden(case):
 def test_sts_without_middle_layer():
     first, second, _, _, scores = sts_batch()
     (full, parts), _ = unsharded_sts(8)
-    loss, without = sts(ObjectiveSettings(sts_list_size=8), first, second, None, scores)
+    loss, without = sts(ObjectiveSettings(), 8, first, second, None, None, scores)
     assert_same(without, {name: part for name, part in parts.items() if name != "mid_info_nce"})
     assert_allclose(loss, full - parts["mid_info_nce"], rtol=1e-12)
 
@@ -209,15 +148,14 @@ def test_sts_without_middle_layer():
 def test_sts_without_middle_layer_on_a_mesh():
     """One spec for `middle=None`, as the training step gives it, and a list across devices."""
     first, second, _, _, scores = sts_batch()
-    settings = ObjectiveSettings(sts_list_size=8)
-    got = jax.jit(per_device(sts_objective, settings, (2, 2), 4))(first, second, None, scores)
-    assert_same(got, sts(settings, first, second, None, scores))
+    settings = ObjectiveSettings()
+    got = jax.jit(per_device(codi_sts, settings, 8, (2, 2)))(sts_examples(first, second, None, None, scores))
+    assert_same(got, sts(settings, 8, first, second, None, None, scores))
 
 
 def test_weights_and_thresholds_come_from_the_settings():
     first, second, *middle, scores = sts_batch()
     settings = ObjectiveSettings(
-        sts_list_size=12,
         temperature=0.1,
         list_temperature=0.2,
         pearson_weight=3,
@@ -226,7 +164,7 @@ def test_weights_and_thresholds_come_from_the_settings():
         mid_info_nce_weight=13,
         mid_info_nce_threshold=0.5,
     )
-    loss, parts = sts(settings, first, second, tuple(middle), scores)
+    loss, parts = sts(settings, 12, first, second, *middle, scores)
     similarity = np.sum(first * second, axis=1)
     halves = [slice(0, 12), slice(12, 24)]
     assert_allclose(parts["rank_kl"], np.mean([rank_kl(similarity[i], scores[i], 0.2) for i in halves]), rtol=1e-12)
@@ -239,10 +177,9 @@ def test_weights_and_thresholds_come_from_the_settings():
 
 def test_float32_stays_float32():
     queries, passages, present = ir_batch()
-    first, second, *middle, scores = (x.astype(np.float32) for x in sts_batch())
-    settings = ObjectiveSettings(ir_pool_size=None, sts_list_size=8, temperature=0.05)
-    ir_value, _ = ir(settings, queries.astype(np.float32), passages.astype(np.float32), present)
-    sts_value, parts = sts(settings, first, second, tuple(middle), scores)
+    sts_float32 = (x.astype(np.float32) for x in sts_batch())
+    ir_value, _ = ir(IR_SETTINGS, None, queries.astype(np.float32), passages.astype(np.float32), present)
+    sts_value, parts = sts(ObjectiveSettings(temperature=0.05), 8, *sts_float32)
     assert {x.dtype for x in (ir_value, sts_value, *parts.values())} == {np.dtype(np.float32)}
     assert_allclose(ir_value, unsharded_ir(None)[0][0], rtol=1e-5)
     for name in ("pearson", "rank_kl", "pro"):
