@@ -108,7 +108,7 @@ class DataSettings(Section):
     """dynamic: each task has its own batch size; single: one batch size for both; mixed: likewise, but each device
     takes its part of a step from a data set of its own and compares only what it holds (an ablation)."""
     max_examples: Positive | None = None
-    """Examples used of each data set, a random choice that depends on the seed alone; null: all."""
+    """Examples used of each data set, a random choice by seed and the data set's name; null: all."""
     ir_share: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     """Share of retrieval steps, kept at every step count; null: as the batches of the data sets fall.  An epoch has as
     many steps either way: one task's data are then seen more often, the other's less."""

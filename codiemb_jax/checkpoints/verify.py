@@ -97,4 +97,4 @@ def as_written(model: PretrainedModel) -> Params:
     """The checkpoint's parameters in the types in which the exported folder holds them."""
     params, blueprint = model.stream(), model.blueprint
     params |= as_stored(params, model.family.weights, blueprint.prefix, blueprint.dtypes)
-    return jax.device_put(params, replicated(model.mesh))
+    return jax.device_put(jax.tree.map(np.asarray, params), replicated(model.mesh))

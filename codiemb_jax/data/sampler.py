@@ -5,6 +5,7 @@ batch and all agree on its shape without communicating.
 """
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -106,7 +107,7 @@ class Plan:
         self.sources, self.settings, self.seed = sources, settings, seed
         sizes = {"ir": settings.ir_global_batch_size, "sts": settings.sts_global_batch_size}
         self.batch_sizes = [sizes[source.task] // self.devices for source in sources]
-        members = {place: self._examples(place, source) for place, source in enumerate(sources)}
+        members = {place: self._examples(source) for place, source in enumerate(sources)}
         part = "a device's part of " if self.devices > 1 else ""
         too_small = [
             f"{source.name}: {members[place].size} examples, {part}data.{source.task}_global_batch_size is "
@@ -116,8 +117,8 @@ class Plan:
         ]
         if too_small:
             raise UserError(
-                "data sets smaller than one global batch would never be seen; lower the batch size, or add "
-                "examples, or join files:\n" + format_problems(too_small)
+                "data sets smaller than one global batch would never be seen; lower the batch size, add examples, join "
+                "files, or raise data.max_examples:\n" + format_problems(too_small)
             )
         self.all = Stream(members, self.batch_sizes, seed)
         self.steps_per_epoch = self.all.length // self.devices
@@ -133,12 +134,12 @@ class Plan:
                 for task in TASKS
             }
 
-    def _examples(self, place: int, source: Source) -> np.ndarray:
+    def _examples(self, source: Source) -> np.ndarray:
         """The examples of a data set that are used: all, or a random choice of `max_examples`."""
         size, most = source.index.position.size, self.settings.max_examples
         if most is None or size <= most:
             return np.arange(size)
-        random = np.random.default_rng([self.seed, _SUBSET, place])
+        random = np.random.default_rng([self.seed, _SUBSET, zlib.crc32(source.name.encode())])
         return np.sort(random.choice(size, most, replace=False, shuffle=False))
 
     def _batch(self, number: int) -> tuple[int, np.ndarray]:

@@ -32,7 +32,8 @@ def binary_cosent(similarity: jax.Array, positive: jax.Array, present: jax.Array
     temperature) over label 1.
     similarity: [pairs]; positive, present: bool [pairs].  Returns a scalar; 0 if either label is absent.
     """
-    scaled = similarity / temperature
+    # Only differences matter; taken first, they stay exact.
+    scaled = (similarity - jax.lax.stop_gradient(similarity[0])) / temperature
     lower = logsumexp(jnp.where(present & ~positive, scaled, _floor(scaled)))
     upper = logsumexp(jnp.where(present & positive, -scaled, _floor(scaled)))
     return jnp.logaddexp(jnp.zeros((), scaled.dtype), lower + upper)
