@@ -96,7 +96,11 @@ def with_prompts(folder: Path, source: Path, *, include_prompt: bool, pooling: s
 
 @pytest.mark.parametrize(
     ("include_prompt", "options"),
-    [(True, {"max_seq_length": 40}), (False, {}), (False, {"max_seq_length": 40, "do_lower_case": True})],
+    [
+        (True, {"max_seq_length": 40}),
+        (False, {"max_seq_length": 64}),
+        (False, {"max_seq_length": 40, "do_lower_case": True}),
+    ],
     ids=str,
 )
 def test_prompts_of_a_folder_are_used_as_sentence_transformers_does(include_prompt, options, minilm, tmp_path):
@@ -180,6 +184,24 @@ def test_an_instruction_goes_into_the_query_prompt_of_a_checkpoint(run):
     np.testing.assert_array_equal(model.encode_query(TEXTS, instruction="Find similar code"), expected)
     with pytest.raises(UserError, match="no place for an instruction; give the prompt itself"):
         Embedder.from_pretrained(run / "export").encode_query(TEXTS, instruction="Find similar code")
+
+
+ODD: dict[str, dict] = {
+    "no prompt for documents": {"config_sentence_transformers.json": {
+        "prompts": {"query": "q: ", "other": None}, "default_prompt_name": "document",
+    }},
+    "an older name of the limits": {"sentence_xlm-roberta_config.json": {"max_seq_length": 30}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_folders_are_read_as_sentence_transformers_does(what, minilm, tmp_path):
+    shutil.copytree(minilm, tmp_path / "model")
+    (tmp_path / "model" / "sentence_bert_config.json").unlink()
+    for name, content in ODD[what].items():
+        (tmp_path / "model" / name).write_text(json.dumps(content))
+    model, theirs = Embedder.from_pretrained(tmp_path / "model"), sentence_transformer(tmp_path / "model")
+    assert_same(model, theirs, TEXTS[:5])
 
 
 MISTAKES: dict[str, tuple[Callable[[Embedder], object], str]] = {

@@ -31,6 +31,8 @@ KINDS = {
     for name in (f"sentence_transformers.{package}.{kind}", f"sentence_transformers.{package}.{kind.lower()}.{kind}")
 } | {f"sentence_transformers.models.{kind}.{kind}": kind for kind in ("Transformer", "Pooling", "Dense", "Normalize")}
 """Modules by the names that sentence-transformers' versions have written."""
+LIMITS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+"""In sentence_KIND_config.json, in the order in which sentence-transformers looks for one."""
 IDENTITY = "torch.nn.modules.linear.Identity"
 DENSE = (Weight("kernel", "linear.weight", True), Weight("bias", "linear.bias", False))
 
@@ -85,18 +87,22 @@ def read_modules(folder: Path) -> Modules | None:
 
 
 def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, int | None]:
-    """What config_sentence_transformers.json and sentence_bert_config.json say of texts: prompts and longest text.
+    """What config_sentence_transformers.json and the file of limits say of texts: prompts and longest text.
 
     Raises:
       UserError: a file cannot be read, or holds values that sentence-transformers would not take either.
     """
+    nothing: dict[str, Any] = {}
     described, limits = (
-        read_json(folder / name, dict) if (folder / name).exists() else {}
-        for name in ("config_sentence_transformers.json", "sentence_bert_config.json")
+        next((read_json(folder / name, dict) for name in names if (folder / name).exists()), nothing)
+        for names in (["config_sentence_transformers.json"], [f"sentence_{kind}_config.json" for kind in LIMITS])
     )
+    prompts = described.get("prompts")
+    if isinstance(prompts, dict):
+        prompts = {name: "" if prompt is None else prompt for name, prompt in prompts.items()}
     try:
-        prompts = SentencePrompts(
-            prompts={} if (prompts := described.get("prompts")) is None else prompts,
+        text = SentencePrompts(
+            prompts={} if prompts is None else prompts,
             default_prompt_name=described.get("default_prompt_name"),
             include_prompt=include_prompt,
             do_lower_case=limits.get("do_lower_case", False),
@@ -105,8 +111,8 @@ def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, i
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"]))
         raise UserError(f"{folder}: {field} of its sentence-transformers files: {problem['msg']}") from error
-    name = prompts.default_prompt_name
-    if name is not None and name not in prompts.prompts:
+    name = text.default_prompt_name
+    if name is not None and name not in {"query", "document", *text.prompts}:
         raise UserError(f"{folder}: default_prompt_name {name!r} is none of its prompts")
     longest = limits.get("max_seq_length")
     if longest is None:
@@ -114,7 +120,7 @@ def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, i
         longest = read_json(tokenizer, dict).get("model_max_length") if tokenizer.exists() else None
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1):
         raise UserError(f"{folder}: max_seq_length: expected a number of at least 1, found {shorten(repr(longest))}")
-    return prompts, None if longest is None else int(min(longest, 2**31 - 1))
+    return text, None if longest is None else int(min(longest, 2**31 - 1))
 
 
 def write_modules(
