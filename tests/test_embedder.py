@@ -19,6 +19,7 @@ from codiemb_jax.config import MeshSettings
 from codiemb_jax.train import main as train
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
+from tests.helpers import sentence_transformer
 
 QUICKSTART = Path(codiemb_jax.__file__).parent / "quickstart"
 TEXTS = [
@@ -29,10 +30,6 @@ TEXTS = [
     "A",
     "The committee met in the spring to settle the budget and heard the reports of the working groups. " * 30,
 ]
-
-
-def sentence_transformer(folder: Path) -> SentenceTransformer:
-    return SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
 
 
 def assert_same(model: Embedder, theirs: SentenceTransformer, texts: list[str]) -> None:

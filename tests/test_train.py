@@ -21,6 +21,7 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.program import run_program
 from codiemb_jax.train import main
 from convert.hf_to_orbax import main as hf_to_orbax
+from tests.helpers import golden_settings, run
 
 IR = "data/news.jsonl"
 STS = "data/questions.jsonl"
@@ -29,31 +30,6 @@ STS = "data/questions.jsonl"
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-def settings_of(golden: Path, output_dir: Path, **sections: Any) -> dict[str, Any]:
-    """Settings under which the golden trajectories were made, `sections` on top."""
-    settings: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "model": {"path": str(golden / "youtu_tiny")},
-        "data": {
-            "ir_global_batch_size": 8, "sts_global_batch_size": 16, "positives_per_query": 1,
-            "negatives_per_query": 4, "query_max_tokens": 128, "passage_max_tokens": 128,
-        },
-        "objective": {"sts_list_size": None},
-        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "max_steps": 8},
-    }  # fmt: skip
-    for name, section in sections.items():
-        settings[name] = settings.get(name, {}) | section if isinstance(section, dict) else section
-    return settings
-
-
-def run(settings: dict[str, Any], folder: Path, *flags: str) -> list[dict[str, Any]]:
-    """Runs the program; returns the lines of metrics.jsonl."""
-    config = folder / "settings.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    main(["--config", str(config), *flags])
-    return [json.loads(line) for line in (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -73,7 +49,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 @pytest.mark.parametrize("task", ["ir", "sts"])
 def test_trajectory_is_that_of_the_original(task, golden, tmp_path):
     data = {"ir": [str(golden / IR)]} if task == "ir" else {"sts": [str(golden / STS)]}
-    lines = run(settings_of(golden, tmp_path / "run", data=data), tmp_path)
+    lines = run(golden_settings(golden, tmp_path / "run", data=data), tmp_path)
     expected = json.loads((golden / f"trajectory_{task}.json").read_text())
     assert len(lines) == len(expected) == 8
     for line, golden_line in zip(lines, expected, strict=True):
@@ -89,7 +65,7 @@ def test_trajectory_is_that_of_the_original(task, golden, tmp_path):
 @pytest.mark.parametrize("task", ["ir", "sts"])
 def test_trajectory_of_a_real_encoder_is_that_of_the_original(task, golden, minilm, tmp_path):
     name = {"ir": "small_news", "sts": "small_questions"}[task]
-    settings = settings_of(
+    settings = golden_settings(
         golden, tmp_path / "run",
         model={"path": str(minilm), "pooling": "cls", "dropout": 0.0},
         prompt={"begin": "[CLS]", "passage": "Passage: ", "end": "[SEP]"},
@@ -126,7 +102,7 @@ def both_tasks(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
     data = {"ir": [str(golden / IR)], "sts": [str(golden / STS)], "ir_global_batch_size": 8}
     evaluation = {"ir": [str(golden / IR)], "sts": [str(golden / STS)]}
-    settings = settings_of(
+    settings = golden_settings(
         golden, folder / "run", data=data, evaluation=evaluation, optimizer={"max_steps": None, "epochs": 2}
     )
     handler = Messages()
@@ -251,7 +227,7 @@ def test_a_model_that_cannot_be_used_is_told(mistake, golden, tmp_path):
     spoil, message = MODEL_MISTAKES[mistake]
     folder = copy_model(golden, tmp_path / "model")
     spoil(folder)
-    settings = settings_of(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
@@ -262,13 +238,13 @@ def test_the_folder_of_a_run_without_an_export_is_not_taken_for_a_model(golden, 
     (tmp_path / "earlier" / "config.yaml").write_text("")
     model = {"path": str(tmp_path / "earlier")}
     with pytest.raises(UserError, match="earlier is the folder of a run that has no export; give one of its checkpoi"):
-        run(settings_of(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}), tmp_path)
+        run(golden_settings(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}), tmp_path)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_folder_of_a_run_stands_for_its_export(both_tasks, golden, tmp_path):
     model = {"path": str(both_tasks[0])}
-    settings = settings_of(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]})
     settings["optimizer"] = {"learning_rate": 0, "max_steps": 1}
     run(settings, tmp_path)
     earlier, later = (
@@ -278,7 +254,7 @@ def test_the_folder_of_a_run_stands_for_its_export(both_tasks, golden, tmp_path)
 
 
 def test_an_overlong_model_path_is_told(golden, tmp_path):
-    settings = settings_of(golden, tmp_path / "run", model={"path": "x" * 300}, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(golden, tmp_path / "run", model={"path": "x" * 300}, data={"ir": [str(golden / IR)]})
     with pytest.raises(UserError, match=r"x+\.\.\. cannot be a folder: File name too long"):
         run(settings, tmp_path)
 
@@ -289,7 +265,9 @@ def test_weights_that_cannot_be_read_leave_no_run(golden, tmp_path):
     hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
     for path in (checkpoint / "params" / "d").iterdir():
         path.write_bytes(b"")
-    settings = settings_of(golden, tmp_path / "run", model={"path": str(checkpoint)}, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(
+        golden, tmp_path / "run", model={"path": str(checkpoint)}, data={"ir": [str(golden / IR)]}
+    )
     with pytest.raises(UserError, match="checkpoint: the checkpoint cannot be read"):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
@@ -300,7 +278,7 @@ def test_a_model_that_is_not_finite_is_blamed_and_not_the_rate(golden, tmp_path)
     weights = load_file(folder / "model.safetensors")
     weights["norm.weight"][3] = np.nan
     save_file(weights, folder / "model.safetensors")
-    settings = settings_of(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
     with pytest.raises(UserError, match="step 0 .*nothing has been trained yet: look for weights in the model"):
         run(settings, tmp_path)
 
@@ -309,7 +287,7 @@ def test_it_is_told_if_a_folder_pooled_otherwise(golden, tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint"
     hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
     model = {"path": str(checkpoint), "pooling": "last_token"}
-    settings = settings_of(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}, export=False)
+    settings = golden_settings(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}, export=False)
     run(settings, tmp_path, "--optimizer.max_steps", "1")
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
         f"note: model.pooling is last_token, {checkpoint} has mean"
@@ -337,7 +315,7 @@ def test_data_that_cannot_be_used_is_told(mistake, golden, tmp_path):
     path = tmp_path / "data.jsonl"
     if changes is not None:
         path.write_text(first_line(golden / IR, **changes) + "\n", encoding="utf-8")
-    settings = settings_of(golden, tmp_path / "run", data={"ir": [str(path)]} | data)
+    settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(path)]} | data)
     with pytest.raises(UserError, match=message):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
@@ -468,7 +446,7 @@ def test_a_folder_of_other_files_is_no_output_dir(files, content, golden, tmp_pa
         (folder / name).write_text(content)
     before = contents(folder)
     with pytest.raises(UserError, match="run holds (other )?files"):
-        run(settings_of(golden, folder, data={"ir": [str(golden / IR)]}), tmp_path)
+        run(golden_settings(golden, folder, data={"ir": [str(golden / IR)]}), tmp_path)
     assert contents(folder) == before
 
 
@@ -513,7 +491,7 @@ def test_an_output_dir_that_cannot_be_one(kind, golden, tmp_path):
         path.symlink_to(tmp_path / ("run" if kind == "a link to itself" else "nowhere"))
     before = contents(tmp_path)
     output_dir = path / "below" / "it" if kind == "below a file" else path
-    settings = settings_of(golden, output_dir, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(golden, output_dir, data={"ir": [str(golden / IR)]})
     with pytest.raises(UserError, match="^output_dir: .*run"):
         run(settings, tmp_path)
     (tmp_path / "settings.yaml").unlink()
@@ -522,12 +500,12 @@ def test_an_output_dir_that_cannot_be_one(kind, golden, tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 256, "a/" * 4000 + "b", "a/" + "x" * 256 + "/b"])
 def test_a_path_that_is_too_long(name, golden, tmp_path):
-    settings = settings_of(golden, tmp_path / "run" / name, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(golden, tmp_path / "run" / name, data={"ir": [str(golden / IR)]})
     with pytest.raises(UserError, match=r"^output_dir: .* cannot be created: File name too long") as caught:
         run(settings, tmp_path)
     assert len(str(caught.value)) < 1000
     for section, key in (("data", "ir"), ("data", "sts"), ("evaluation", "ir"), ("evaluation", "sts")):
-        settings = settings_of(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
+        settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
         settings[section] = settings.get(section, {}) | {key: [str(tmp_path / f"{name}.jsonl")]}
         problem = (
             "cannot be read: File name too long" if name[0] == "x" or len(name) > 4096 else "no such file or folder"
@@ -539,7 +517,7 @@ def test_a_path_that_is_too_long(name, golden, tmp_path):
 
 def test_an_empty_folder_is_an_output_dir(golden, tmp_path):
     (tmp_path / "run").mkdir()
-    settings = settings_of(golden, tmp_path / "run", data={"ir": [str(golden / IR)]}, export=False)
+    settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]}, export=False)
     assert len(run(settings, tmp_path, "--optimizer.max_steps", "1")) == 1
 
 
@@ -547,7 +525,7 @@ def test_a_model_folder_is_not_its_own_output_dir(golden, tmp_path):
     folder = copy_model(golden, tmp_path / "model")
     before = contents(folder)
     for output_dir in (folder, folder / "runs" / "mine", folder / ".." / "model", tmp_path):
-        settings = settings_of(golden, output_dir, model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
+        settings = golden_settings(golden, output_dir, model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
         with pytest.raises(UserError, match="output_dir: .* contains, or lies in, model.path"):
             run(settings, tmp_path)
         assert contents(folder) == before
@@ -560,7 +538,7 @@ def test_a_run_does_not_train_what_it_has_written(model, both_tasks, golden, tmp
     (tmp_path / "link").symlink_to(folder / "export")
     before = contents(folder)
     path = tmp_path / model
-    settings = settings_of(golden, folder, model={"path": str(path)}, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(golden, folder, model={"path": str(path)}, data={"ir": [str(golden / IR)]})
     with pytest.raises(UserError, match="output_dir: .* contains, or lies in, model.path"):
         run(settings, tmp_path)
     assert contents(folder) == before
@@ -585,7 +563,7 @@ def test_data_do_not_lie_in_output_dir(setting, place, finished_run, both_tasks,
         (tmp_path / place).symlink_to(folder / "news.jsonl")
     before = contents(folder)
     section, key = setting.split(".")
-    settings = settings_of(golden, folder, data={"ir": [str(golden / IR)]})
+    settings = golden_settings(golden, folder, data={"ir": [str(golden / IR)]})
     settings[section] = settings.get(section, {}) | {key: [str(tmp_path / place)]}
     with pytest.raises(UserError, match=f"output_dir: .* contains, or lies in, {setting} "):
         run(settings, tmp_path)
@@ -606,7 +584,7 @@ def test_chunks_take_the_same_steps(golden, tmp_path):
     data = {"ir": [str(golden / IR)], "ir_global_batch_size": 8}
     expected = json.loads((golden / "trajectory_ir.json").read_text())
     # Eight devices hold a query each, so chunks need a mesh that puts more on one.
-    settings = settings_of(golden, tmp_path / "run", data=data, mesh={"tensor": 2}, encode_chunks=2, export=False)
+    settings = golden_settings(golden, tmp_path / "run", data=data, mesh={"tensor": 2}, encode_chunks=2, export=False)
     settings["optimizer"]["max_steps"] = 3
     lines = run(settings, tmp_path, "--optimizer.schedule", "constant")
     np.testing.assert_allclose([line["loss"] for line in lines], [g["loss"] for g in expected[:3]], rtol=5e-4)
@@ -616,12 +594,12 @@ def test_chunks_take_the_same_steps(golden, tmp_path):
 def test_a_named_pipe_is_no_data_file(golden, tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for section, key in (("data", "ir"), ("evaluation", "sts")):
-        settings = settings_of(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
+        settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
         settings[section] = settings.get(section, {}) | {key: [str(tmp_path / "pipe.jsonl")]}
         with pytest.raises(UserError, match=rf"{section}.{key}:\n  .*pipe.jsonl: is neither a file nor a folder"):
             run(settings, tmp_path)
     # In a folder it is no file, like all that is not called .json or .jsonl.
-    settings = settings_of(golden, tmp_path / "run", data={"ir": [str(tmp_path / "folder")]})
+    settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(tmp_path / "folder")]})
     (tmp_path / "folder").mkdir()
     (tmp_path / "pipe.jsonl").rename(tmp_path / "folder" / "pipe.jsonl")
     with pytest.raises(UserError, match="folder: the folder holds no .json or .jsonl file"):
@@ -635,7 +613,7 @@ def test_the_same_data_file_under_two_names(golden, tmp_path):
     (tmp_path / "soft.jsonl").symlink_to(tmp_path / "a.jsonl")
     for setting in ("data", "evaluation"):
         for other in ("a.jsonl", "hard.jsonl", "soft.jsonl", "../" + tmp_path.name + "/a.jsonl"):
-            settings = settings_of(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
+            settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
             settings[setting] = settings.get(setting, {}) | {"ir": [str(tmp_path / "a.jsonl"), str(tmp_path / other)]}
             with pytest.raises(UserError, match=rf"{setting}.ir:\n  .*a.jsonl and .*{other}: the same file 2 times"):
                 run(settings, tmp_path)
@@ -650,7 +628,9 @@ def test_data_sets_with_one_stem_are_told_apart_and_meta_data_is_not_read(golden
     described = [json.dumps(json.loads(text) | {"meta_data": {"source": [i, None]}}) for i, text in enumerate(texts)]
     (folder / "a.jsonl").write_text("\n".join(described), encoding="utf-8")
     evaluation = {"ir": [str(folder)]}
-    settings = settings_of(golden, tmp_path / "run", data={"ir": [str(folder)]}, evaluation=evaluation, export=False)
+    settings = golden_settings(
+        golden, tmp_path / "run", data={"ir": [str(folder)]}, evaluation=evaluation, export=False
+    )
     settings["optimizer"] = {"learning_rate": 0, "epochs": 1}
     lines = run(settings, tmp_path)
     assert sorted(line["dataset"] for line in lines) == ["a.json", "a.jsonl"]
@@ -667,7 +647,7 @@ BASELINES = {("ir", "cosent"): ["cosent"], ("sts", "info_nce"): ["info_nce"], ("
 @pytest.mark.parametrize(("task", "objective"), BASELINES)
 def test_the_baselines_of_the_paper_train(task, objective, golden, tmp_path):
     data = {task: [str(golden / {"ir": IR, "sts": STS}[task])]}
-    settings = settings_of(golden, tmp_path / "run", data=data, objective={task: objective}, export=False)
+    settings = golden_settings(golden, tmp_path / "run", data=data, objective={task: objective}, export=False)
     settings["optimizer"] |= {"max_steps": 2, "warmup_steps": 0}
     lines = run(settings, tmp_path)
     assert [line["step"] for line in lines] == [0, 1]
@@ -686,7 +666,7 @@ def test_cosent_of_retrieval_needs_negatives_in_the_data(golden, tmp_path):
     records = [json.loads(text) | {"negatives": []} for text in (golden / IR).read_text(encoding="utf-8").splitlines()]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     data = {"ir": [str(golden / IR), str(path)]}
-    settings = settings_of(golden, tmp_path / "run", data=data, objective={"ir": "cosent"})
+    settings = golden_settings(golden, tmp_path / "run", data=data, objective={"ir": "cosent"})
     with pytest.raises(UserError, match="objective.ir: cosent compares positives with negatives, .* in:\n  bare$"):
         run(settings, tmp_path)
     settings["data"]["negatives_per_query"] = 0
@@ -697,7 +677,7 @@ def test_cosent_of_retrieval_needs_negatives_in_the_data(golden, tmp_path):
 
 def test_max_examples_caps_each_data_set(golden, tmp_path):
     data = {"sts": [str(golden / STS)], "sts_global_batch_size": 8, "max_examples": 8}
-    settings = settings_of(golden, tmp_path / "run", data=data, export=False)
+    settings = golden_settings(golden, tmp_path / "run", data=data, export=False)
     settings["optimizer"] = {"learning_rate": 0, "epochs": 3}
     lines = run(settings, tmp_path)  # of 16 pairs, which make two batches, one is left
     assert [line["epoch"] for line in lines] == [0, 1, 2]

@@ -16,12 +16,11 @@ from tests.checkpoints.test_safetensors import (
     DTYPES,
     MIXED,
     Weights,
-    assert_bitwise,
-    load_all,
     open_folder,
     save,
     write_again,
 )
+from tests.helpers import assert_bitwise, load_weights
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -99,10 +98,10 @@ def test_what_comes_in_goes_out_bit_by_bit(family, prefixed, head, dtypes, make,
         *(HEADS[family] if head else ()),
     }
     write_again(model, tmp_path / "loaded")
-    assert_bitwise(load_all(tmp_path / "loaded"), weights)
+    assert_bitwise(load_weights(tmp_path / "loaded"), weights)
     hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "out")])
-    assert_bitwise(load_all(tmp_path / "out"), weights)
+    assert_bitwise(load_weights(tmp_path / "out"), weights)
 
 
 @pytest.mark.parametrize("family", PREFIXES)

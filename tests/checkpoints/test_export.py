@@ -41,6 +41,7 @@ from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import Triple
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
+from tests.helpers import assert_bitwise, content_of, load_weights, sentence_transformer
 
 TINY = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -182,25 +183,6 @@ def export(checkpoint: Path, output: Path) -> None:
     orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(output), "--architecture", "stock", "--verify"])
 
 
-def load_all(folder: Path) -> dict[str, np.ndarray]:
-    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
-
-
-def assert_same_weights(found: Path, expected: Path) -> None:
-    found_weights, expected_weights = load_all(found), load_all(expected)
-    assert found_weights.keys() == expected_weights.keys()
-    for name, weight in expected_weights.items():
-        assert found_weights[name].dtype == weight.dtype, name
-        assert found_weights[name].shape == weight.shape, name
-        assert found_weights[name].tobytes() == weight.tobytes(), name
-
-
-def sentence_transformer(folder: Path) -> SentenceTransformer:
-    return SentenceTransformer(
-        str(folder), device="cpu", trust_remote_code=False, local_files_only=True, model_kwargs={"dtype": "float32"}
-    )
-
-
 def reference(
     export: Path, source: Path, texts: Sequence[str], prompt: str = "", end: str = "", limit: int = 10**6
 ) -> np.ndarray:
@@ -231,7 +213,7 @@ def assert_same_vectors(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def test_weights_are_those_of_the_model(converted):
-    assert_same_weights(converted.export, converted.model)
+    assert_bitwise(load_weights(converted.export), load_weights(converted.model))
 
 
 def test_config_is_that_of_the_model_but_for_its_attention(converted):
@@ -347,7 +329,7 @@ def test_a_tokenizer_that_joins_the_prompts_blank_with_the_first_word(golden, tm
     source = golden / "youtu_tiny"
     make_checkpoint(source, tmp_path / "orbax", PromptSettings(), 256)
     export(tmp_path / "orbax", tmp_path / "export")
-    assert_same_weights(tmp_path / "export", source)
+    assert_bitwise(load_weights(tmp_path / "export"), load_weights(source))
     model = sentence_transformer(tmp_path / "export")
     texts = ["what is the capital of France", "How do plants make sugar out of light?", "the committee met " * 25]
     encoder = encoder_of(OrbaxCheckpoint(tmp_path / "orbax").blueprint)
@@ -390,7 +372,7 @@ def test_an_exported_minicpm_is_read_again(convert, tmp_path):
     made = convert("minicpm")
     hf_to_orbax(["--model", str(made.export), "--output", str(tmp_path / "orbax")])
     export(tmp_path / "orbax", tmp_path / "export")
-    assert_same_weights(tmp_path / "export", made.model)
+    assert_bitwise(load_weights(tmp_path / "export"), load_weights(made.model))
 
 
 POOLINGS = {
@@ -568,12 +550,12 @@ def test_the_original_layout_keeps_the_code_and_never_runs_it(utu, tmp_path):
     assert went == came | {"is_causal": False, "use_bidirectional_attention": True}
     for name in ("modeling_utu.py", "configuration_utu.py"):
         assert (written / name).read_bytes() == (source / name).read_bytes()
-    assert_same_weights(written, source)
+    assert_bitwise(load_weights(written), load_weights(source))
     assert ran(utu.folder) == ran(tmp_path) == []
     # What was written is a model that is read again.
     hf_to_orbax(["--model", str(written), "--output", str(tmp_path / "orbax")])
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "again")])
-    assert_same_weights(tmp_path / "again", source)
+    assert_bitwise(load_weights(tmp_path / "again"), load_weights(source))
     assert ran(tmp_path) == []
 
 
@@ -582,10 +564,6 @@ def test_what_needs_remote_code_is_not_verified(utu, tmp_path):
     with pytest.raises(UserError, match="add --architecture stock"):
         orbax_to_hf(arguments)
     assert list(tmp_path.iterdir()) == []
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_nothing_is_written_over(utu, tmp_path):
@@ -676,6 +654,6 @@ def test_an_exported_folder_is_a_model_that_encodes_alike(kind, settings, conver
     checkpoint = open_checkpoint(tmp_path / "orbax").blueprint
     assert checkpoint.encoding == model.blueprint.encoding
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "again")])
-    assert_same_weights(tmp_path / "again", tmp_path / "export")
+    assert_bitwise(load_weights(tmp_path / "again"), load_weights(tmp_path / "export"))
     for name in ("modules.json", *(str(path.relative_to(tmp_path / "export")) for path in tmp_path.glob("export/*/*"))):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "export" / name).read_bytes()

@@ -20,6 +20,7 @@ from codiemb_jax.sharding import make_mesh
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
 from scripts.make_random_checkpoint import make
+from tests.helpers import content_of
 
 TINY = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 1600,
@@ -38,10 +39,6 @@ def made(tmp_path_factory) -> Path:
     make("bge_large_zh", folder / "model", **TINY)
     hf_to_orbax(["--model", str(folder / "model"), "--output", str(folder / "orbax")])
     return folder
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def outcome(main: Callable[[list[str]], None], *arguments: object) -> str | None:

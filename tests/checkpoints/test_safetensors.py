@@ -24,6 +24,7 @@ from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import abstract_model
 from codiemb_jax.sharding import make_mesh
+from tests.helpers import assert_bitwise, load_weights
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 MIXED = ("F32", "F16", "BF16")
@@ -94,23 +95,6 @@ def save(folder: Path, config: dict[str, Any], weights: Weights, shards: int = 1
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def load_all(folder: Path) -> Weights:
-    loaded: Weights = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        shard = load_file(path)
-        assert not loaded.keys() & shard.keys()
-        loaded |= shard
-    return loaded
-
-
-def assert_bitwise(found: Weights, expected: Weights) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert found[name].shape == value.shape, name
-        assert found[name].tobytes() == value.tobytes(), name
-
-
 def open_folder(
     folder: Path, mesh: MeshSettings | None = None, max_tokens: int | None = None, **settings: Any
 ) -> PretrainedModel:
@@ -156,7 +140,7 @@ def test_what_comes_in_goes_out_bit_by_bit(family, prefix, head, dtypes, shards,
     assert model.blueprint.prefix == prefix
     write_again(model, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
-    assert_bitwise(load_all(tmp_path / "out"), weights)
+    assert_bitwise(load_weights(tmp_path / "out"), weights)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,9 +176,9 @@ def test_files_that_transformers_writes(family, dtype, tmp_path, tokenizer_files
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     tokenizer_files(tmp_path / "model")
     write_again(open_folder(tmp_path / "model"), tmp_path / "out")
-    expected = load_all(tmp_path / "model")
+    expected = load_weights(tmp_path / "model")
     assert "lm_head.weight" in expected and "model.norm.weight" in expected
-    assert_bitwise(load_all(tmp_path / "out"), expected)
+    assert_bitwise(load_weights(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 700, 2500, 10**6])
@@ -203,7 +187,7 @@ def test_written_shards_have_a_whole_index_and_keep_the_limit(shard_bytes, make,
     weights = random_weights(config, MIXED, "model.", head=True)
     write_again(open_folder(make(config, weights)), tmp_path / "out", shard_bytes=shard_bytes)
     out = tmp_path / "out"
-    assert_bitwise(load_all(out), weights)
+    assert_bitwise(load_weights(out), weights)
     files = sorted(path.name for path in out.glob("*.safetensors"))
     if shard_bytes == 10**6:
         assert [path.name for path in out.iterdir()] == ["model.safetensors"]
@@ -221,7 +205,7 @@ def test_written_shards_have_a_whole_index_and_keep_the_limit(shard_bytes, make,
     (out / "config.json").write_text(json.dumps(config))
     (out / "tokenizer.json").write_text((tmp_path / "model" / "tokenizer.json").read_text())
     write_again(open_folder(out), tmp_path / "again")
-    assert_bitwise(load_all(tmp_path / "again"), weights)
+    assert_bitwise(load_weights(tmp_path / "again"), weights)
 
 
 @st.composite
@@ -260,7 +244,7 @@ def test_round_trip_of_any_tiny_config(config, dtypes, prefix, shards, shard_byt
         files = WeightFiles(came)
         params = read_weights(files, family.weights, prefix, abstract)
         write_weights(went, params, {}, family.weights, prefix, files.dtypes, shard_bytes)
-        assert_bitwise(load_all(went), weights)
+        assert_bitwise(load_weights(went), weights)
 
 
 def test_a_sharded_mesh_reads_the_same_values(make, tmp_path):
@@ -280,7 +264,7 @@ def test_a_sharded_mesh_reads_the_same_values(make, tmp_path):
     assert sizes["q_norm"] == (3, 8)
     assert spread["embedding"].addressable_shards[0].data.shape == (300, 4)
     write_again(model, tmp_path / "out")
-    assert_bitwise(load_all(tmp_path / "out"), weights)
+    assert_bitwise(load_weights(tmp_path / "out"), weights)
 
 
 def test_a_device_reads_only_its_own_part(make, monkeypatch):
@@ -314,8 +298,8 @@ def test_weights_as_stored_are_those_of_the_files(make, tmp_path):
     for name, tree in {"rounded": stored, "plain": params}.items():
         (tmp_path / name).mkdir()
         write_weights(tmp_path / name, tree, {}, table, "", dtypes)
-    assert_bitwise(load_all(tmp_path / "rounded"), load_all(tmp_path / "plain"))
-    q = load_all(tmp_path / "plain")
+    assert_bitwise(load_weights(tmp_path / "rounded"), load_weights(tmp_path / "plain"))
+    q = load_weights(tmp_path / "plain")
     for layer in range(3):
         expected = q[f"layers.{layer}.self_attn.q_proj.weight"].T.astype(np.float32)
         np.testing.assert_array_equal(stored["layers"]["q"][layer].astype(np.float32), expected)
