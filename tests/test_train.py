@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
-from tensorboardX.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event
 
 from codiemb_jax.errors import UserError
 from codiemb_jax.program import run_program

@@ -8,7 +8,8 @@ under another name and renamed when complete, so that a folder that is there is 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -314,8 +315,21 @@ def _readable(folder: Path) -> Iterator[None]:
     except Exception as error:  # Orbax raises plain Exception where a file cannot be read
         if "RESOURCE_EXHAUSTED" in str(error):  # memory of a device
             raise
+        if not isinstance(sys.unraisablehook, _QuietLateReads):
+            sys.unraisablehook = _QuietLateReads(sys.unraisablehook)
         reason = " ".join(str(error).partition("See full TensorStore details")[0][:200].split())
         raise DamagedCheckpoint(f"{folder}: the checkpoint cannot be read ({reason})") from error
+
+
+class _QuietLateReads:
+    """Reads that were under way when another failed find the event loop of the restore closed; that is no news."""
+
+    def __init__(self, before: Callable[[Any], object]):
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._before(unraisable)
 
 
 def _restore_one(folder: Path, keys: Sequence[str]) -> np.ndarray:

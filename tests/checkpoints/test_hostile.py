@@ -3,6 +3,8 @@
 import base64
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,11 @@ def test_each_of_200_flipped_bits_is_noticed_or_harmless(made, tmp_path):
     assert noticed > 60
 
 
+def assert_restored(found: Any, expected: Any) -> None:
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
 def test_flipped_bits_of_a_run_are_noticed_or_harmless(made, tmp_path):
     settings = ModelSettings(path=str(made / "model"), compute_dtype="float32")
     model = open_model(settings, PromptSettings(), make_mesh(MeshSettings(), jax.devices()[:1]))
@@ -216,9 +223,10 @@ def test_flipped_bits_of_a_run_are_noticed_or_harmless(made, tmp_path):
     state = {"count": jax.numpy.int32(7), "moments": jax.tree.map(lambda leaf: leaf * 2 + 1, params)}
     checkpoints = RunCheckpoints(tmp_path / "run", keep=3)
     for step in (4, 5):
-        checkpoints.save(step, params, state, {"pooler": np.ones(3, np.float32)}, model.blueprint)
+        checkpoints.save(step, params, state, {}, model.blueprint)
     checkpoints.close()
     layout = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    assert_restored(restore_run(tmp_path / "run", 5, model.abstract, layout), (params, state))
     noticed = 0
     for path, place, mask in flips(tmp_path / "run" / "5", 60, seed=1):
         flip(path, place, mask)
@@ -228,10 +236,24 @@ def test_flipped_bits_of_a_run_are_noticed_or_harmless(made, tmp_path):
             noticed += 1
             assert f"remove it to continue from the one before it, {tmp_path / 'run' / '4'}" in str(error)
         else:
-            for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves((params, state)), strict=True):
-                assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), (path, place, mask)
+            assert_restored(restored, (params, state))
         flip(path, place, mask)
     assert noticed > 20
+
+
+def test_a_damaged_checkpoint_ends_a_program_with_one_message(made, tmp_path):
+    """Nothing beside it on stderr, which a test in this process would not see."""
+    shutil.copytree(made / "orbax", tmp_path / "orbax")
+    for path in (tmp_path / "orbax" / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    command = [sys.executable, "-m", "convert.orbax_to_hf", "--checkpoint", str(tmp_path / "orbax")]
+    ended = subprocess.run(
+        [*command, "--output", str(tmp_path / "export")], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path}/orbax")
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stdout == ""
 
 
 def test_a_flipped_bit_is_noticed_by_training(made, tmp_path):
