@@ -49,5 +49,6 @@ def run_program(main: Callable[[], None], interrupted: str = "stopped") -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
-        sys.exit(130)
+        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # all files are closed; threads of native code may crash while the interpreter shuts down
