@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from codiemb_jax.batch import Task
 from codiemb_jax.errors import shorten
@@ -20,6 +20,15 @@ def _text(value: Any) -> Any:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError("must be valid Unicode, without lone surrogates") from error
+    return value
+
+
+def _float32(value: float) -> float:
+    # Steps compute in float32, and with squares: nobody means a number that is 0, 1 or infinite there.
+    if value and not 1e-30 <= abs(value) <= 1e15:
+        raise ValueError("must be 0 or between 1e-30 and 1e15 in size")
+    if 1 - 1e-7 < value < 1:
+        raise ValueError("is 1 in float32; the nearest number below is 0.9999999")
     return value
 
 
@@ -42,9 +51,9 @@ def _paths(value: Any) -> Any:
 
 # Strict, because Python takes True for 1; and YAML has numbers of its own, so a text is no number.
 Positive = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), AfterValidator(_float32)]
+AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(_float32)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), AfterValidator(_float32)]
 Flag = Annotated[bool, Field(strict=True)]
 OnePath = Annotated[Path, BeforeValidator(_path)]
 Paths = Annotated[list[OnePath], BeforeValidator(_paths)]
@@ -116,9 +125,9 @@ class DataSettings(Section):
     """Queries in a retrieval step, over all devices."""
     sts_global_batch_size: Positive = 256
     """Pairs in a similarity step, over all devices."""
-    positives_per_query: Positive = 2
+    positives_per_query: Annotated[int, Field(strict=True, gt=0, le=1024)] = 2
     """Positives drawn for each query."""
-    negatives_per_query: Annotated[int, Field(strict=True, ge=0, le=MAX_INT)] = 4
+    negatives_per_query: Annotated[int, Field(strict=True, ge=0, le=1024)] = 4
     """Hard negatives drawn for each query."""
     query_max_tokens: Positive = 1024
     """Longest query in tokens, prompt and special tokens included."""

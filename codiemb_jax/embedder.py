@@ -16,7 +16,8 @@ from codiemb_jax.batch import TokenRows
 from codiemb_jax.checkpoints.blueprint import Blueprint
 from codiemb_jax.checkpoints.model import locate, open_as_stored, open_folder
 from codiemb_jax.config import MeshSettings
-from codiemb_jax.errors import UserError
+from codiemb_jax.errors import UserError, shorten
+from codiemb_jax.files import is_unicode
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import unit
 from codiemb_jax.sharding import make_mesh, replicated, row_sharding, row_shards
@@ -177,9 +178,14 @@ class Embedder:
         Raises:
           UserError: there is no such prompt, or (with a checkpoint) a text of which no token is left.
         """
+        if not isinstance(inputs, str | Sequence):
+            raise UserError(f"expected a text or a list of texts, found {type(inputs).__name__}")
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise UserError(f"expected texts, found {type(wrong[0]).__name__}")
+        for text in (*texts, *(part for part in (prompt, prompt_name) if part is not None)):
+            if not isinstance(text, str):
+                raise UserError(f"expected texts, found {type(text).__name__}")
+            if not is_unicode(text):
+                raise UserError(f"{shorten(ascii(text))} is not valid Unicode")
         if prompt is None:
             name = prompt_name if prompt_name is not None else self._tokenizer.default_prompt_name
             if name is not None and name not in self.prompts:
@@ -193,6 +199,8 @@ class Embedder:
         self, texts: Sequence[Tokens], batch_size: int = 32, show_progress_bar: bool | None = None
     ) -> np.ndarray:
         """Vectors of tokenized texts, float32 [texts, dim]."""
+        if type(batch_size) is not int or batch_size < 1:
+            raise UserError(f"batch_size: expected a whole number of at least 1, found {batch_size!r}")
         shards = row_shards(self._mesh)
         count = -(-batch_size // shards) * shards
         order = sorted(range(len(texts)), key=lambda i: texts[i].ids.size)  # neighbours share a row length

@@ -1,6 +1,7 @@
 """JSON reading with clear errors; atomic writes."""
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,14 @@ from codiemb_jax.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file under another name, then renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Writes a text file under another name, which nothing else has, then renames it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:  # never through a link that is there already
+            file.write(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, kind: type[dict] | type[list]) -> Any:
@@ -65,6 +70,11 @@ def check_new(path: Path, flag: str, *inputs: Path) -> None:
     """
     made: list[Path] = []
     try:
+        if not is_unicode(str(path)):
+            raise UserError(f"{flag} {ascii(str(path))}: the name is not valid UTF-8")
+        if not is_bare_name(path.name):
+            raise UserError(f"{flag} {path}: give the name of a new folder")
+        path = path.parent.resolve() / path.name  # `..` may lead through a folder that does not exist
         if path.exists() or path.is_symlink():
             raise UserError(f"{flag} {path}: already exists; give a folder that does not")
         for folder in inputs:
@@ -74,8 +84,8 @@ def check_new(path: Path, flag: str, *inputs: Path) -> None:
             if not folder.exists():
                 folder.mkdir()
                 made.append(folder)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be created: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise UserError(f"{flag} {path}: cannot be created: {getattr(error, 'strerror', error)}") from error
     finally:
         for folder in reversed(made):
             folder.rmdir()
@@ -88,11 +98,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
       UserError: `folder` exists, or it cannot be written.
     """
-    unfinished = folder.absolute().with_name(f".{folder.name}.unfinished")
+    folder = folder.parent.resolve() / folder.name
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         if folder.exists() or folder.is_symlink():
             raise UserError(f"{folder}: already exists")
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             unfinished.mkdir()
         except FileExistsError as error:
@@ -103,6 +114,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        if error.filename is not None and not Path(error.filename).is_relative_to(folder.absolute().parent):
+        if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
             raise  # of something that is read
         raise UserError(f"{folder}: cannot be written: {error}") from error

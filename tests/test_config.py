@@ -356,7 +356,7 @@ def test_each_of_two_rates_is_a_number(refused):
 
 COUNTS = [
     "encode_chunks", "data.max_examples", "data.ir_global_batch_size", "data.sts_global_batch_size",
-    "data.positives_per_query", "data.negatives_per_query", "data.query_max_tokens", "data.passage_max_tokens",
+    "data.query_max_tokens", "data.passage_max_tokens",
     "objective.ir_pool_size", "objective.sts_list_size", "optimizer.warmup_steps", "optimizer.epochs",
     "optimizer.max_steps", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.every_steps",
     "checkpoint.every_epochs", "checkpoint.keep",
@@ -373,6 +373,31 @@ def test_a_count_is_an_int32(name, load, refused):
     if name != "objective.ir_pool_size":  # which must divide a batch size, too
         settings = load(LEAST, f"--{name}", "2147483647")
         assert getattr(getattr(settings, section) if section else settings, key) == 2147483647
+
+
+@pytest.mark.parametrize("name", ["data.positives_per_query", "data.negatives_per_query"])
+def test_passages_of_a_query_are_counted_in_hundreds(name, load, refused):
+    problem = f"{name}: Input should be less than or equal to 1024, found 1025"
+    assert refused(LEAST, f"--{name}", "1025")[1:] == [f"  --{problem}"]
+    assert getattr(load(LEAST, f"--{name}", "1024").data, name.partition(".")[2]) == 1024
+
+
+IN_FLOAT32 = {
+    "optimizer.learning_rate": "1e300", "optimizer.weight_decay": "1e300", "optimizer.eps": "1e-300",
+    "objective.temperature": "1e-320", "objective.pearson_weight": "1e16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_a_number_that_float32_does_not_hold(name, load, refused):
+    (problem,) = refused(LEAST, f"--{name}", IN_FLOAT32[name])[1:]
+    assert problem.startswith(f"  --{name}: must be 0 or between 1e-30 and 1e15 in size, found ")
+
+
+def test_a_decay_rate_that_is_1_in_float32(load, refused):
+    (problem,) = refused(LEAST, "--optimizer.betas", "[0.9, 0.99999999999]")[1:]
+    assert problem.startswith("  --optimizer.betas.1: is 1 in float32")
+    assert load(LEAST, "--optimizer.betas", "[0.9, 0.9999999]").optimizer.betas[1] == 0.9999999
 
 
 def test_a_number_of_thousands_of_digits(refused):

@@ -21,7 +21,7 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.program import run_program
 from codiemb_jax.train import main
 from convert.hf_to_orbax import main as hf_to_orbax
-from tests.helpers import golden_settings, run
+from tests.helpers import content_of, golden_settings, run
 
 IR = "data/news.jsonl"
 STS = "data/questions.jsonl"
@@ -215,7 +215,7 @@ MODEL_MISTAKES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors not found"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "no pad token": (no_pad_token, "no pad token"),
-    "text for a length": (long_as_text, "model_max_length: expected a number, found '512'"),
+    "text for a length": (long_as_text, "model_max_length: expected a number of at least 1, found '512'"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "another rope": (lambda f: change_config(f, rope_scaling={"type": "yarn"}), "default, linear, llama3"),
     "few positions": (lambda f: change_config(f, max_position_embeddings=64), "may be at most 64"),
@@ -345,10 +345,10 @@ DAMAGED = {
     "metrics.jsonl: not text": (
         "metrics.jsonl",
         b"\xff",
-        "metrics.jsonl: holds 1 lines, the checkpoint to continue fro",
+        "metrics.jsonl: holds 0 of the 4 lines before the checkpoint",
     ),
-    "checkpoints: a file": ("checkpoints", b"", "checkpoints: is a file, and should be a folder"),
-    "tensorboard: a file": ("tensorboard", b"", "tensorboard: is a file, and should be a folder"),
+    "checkpoints: a file": ("checkpoints", b"", "checkpoints: is a file or a link, and should be a folder"),
+    "tensorboard: a file": ("tensorboard", b"", "tensorboard: is a file or a link, and should be a folder"),
     "export: a file": ("export", b"", "export: is not a folder"),
     "inputs.json: a foreign one": ("inputs.json", b"{}", "inputs.json is not that of a run"),
     "inputs.json: no inputs": ("inputs.json", b'{"codiemb_jax": 1}', "config.yaml and inputs.json, which say"),
@@ -682,3 +682,124 @@ def test_max_examples_caps_each_data_set(golden, tmp_path):
     lines = run(settings, tmp_path)  # of 16 pairs, which make two batches, one is left
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert len({line["tokens"] for line in lines}) == 1  # always the same eight
+
+
+@pytest.fixture
+def finished(both_tasks, tmp_path) -> tuple[Path, list[str]]:
+    """A copy of a finished run's folder, and the arguments that continue it."""
+    shutil.copytree(both_tasks[0], tmp_path / "run")
+    return tmp_path / "run", ["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "inputs.json", "evaluation.json", "config.yaml"])
+def test_a_link_with_the_name_of_a_temporary_file_is_left_alone(name, finished, tmp_path):
+    folder, arguments = finished
+    (tmp_path / "mine").write_text("mine")
+    (folder / f"{name}.tmp").symlink_to(tmp_path / "mine")
+    main(arguments)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (folder / f"{name}.tmp").is_symlink()
+    assert not (folder / name).is_symlink()
+
+
+def test_what_looks_like_an_unfinished_export_is_left_alone(finished):
+    folder, arguments = finished
+    (folder / ".export.unfinished").mkdir()
+    (folder / ".export.unfinished" / "mine").write_text("mine")
+    main(arguments)
+    assert (folder / ".export.unfinished" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
+def test_a_folder_that_is_a_link_is_not_written_through(name, finished, tmp_path):
+    folder, arguments = finished
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    before = content_of(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}: is a file or a link, and should be a folder"):
+        main(arguments)
+    assert content_of(tmp_path / "elsewhere") == before
+
+
+def test_a_folder_among_the_checkpoints_that_is_none_is_not_deleted(finished):
+    folder, arguments = finished
+    (folder / "checkpoints" / "0").mkdir()
+    (folder / "checkpoints" / "0" / "mine").write_text("mine")
+    with pytest.raises(UserError, match="checkpoints/0: is not a checkpoint of this run; move it away"):
+        main([*arguments, "--checkpoint.keep", "1"])
+    assert (folder / "checkpoints" / "0" / "mine").read_text() == "mine"
+
+
+SPOILT = {
+    "cut off": lambda content: content[:-3],
+    "cut in half": lambda content: content[: len(content) // 2],
+    "UTF-16": lambda content: content.decode().encode("utf-16"),
+    "two lines exchanged": lambda content: b"".join(content.splitlines(keepends=True)[i] for i in (1, 0, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_damaged_lines_of_metrics_are_not_kept(how, finished):
+    folder, arguments = finished
+    path = folder / "metrics.jsonl"
+    path.write_bytes(spoilt := SPOILT[how](path.read_bytes()))
+    with pytest.raises(UserError, match=r"metrics.jsonl: holds [0-3] of the 4 lines before the checkpoint"):
+        main(arguments)
+    assert path.read_bytes() == spoilt
+
+
+def test_weights_that_the_last_update_made_nan_are_neither_saved_nor_exported(golden, tmp_path):
+    settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
+    settings["optimizer"] = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e15, "weight_decay": 1e15}
+    with pytest.raises(
+        UserError, match="step 0: its update made weights NaN or infinite; lower optimizer.learning_rate"
+    ):
+        run(settings, tmp_path)
+    assert not (tmp_path / "run" / "export").exists()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_continued_run_takes_all_weights_from_its_checkpoint(golden, tmp_path):
+    """Also those that training passes through, although the model's folder has others by then."""
+    folder = copy_model(golden, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    head = np.full((2000, 96), 2, np.float32)
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
+    settings = golden_settings(
+        golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]},
+        checkpoint={"every_steps": 1}, optimizer={"max_steps": 2},
+    )  # fmt: skip
+    run(settings, tmp_path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    save_file(weights | {"lm_head.weight": head * 7}, folder / "model.safetensors")
+    run(settings, tmp_path)
+    found = load_file(tmp_path / "run" / "export" / "model.safetensors")["lm_head.weight"]
+    assert found.tobytes() == head.tobytes()
+
+
+@pytest.mark.parametrize("where", ["data", "run"])
+def test_a_cache_where_the_run_reads_or_writes_raises_user_error(where, golden, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    shutil.copy(golden / IR, tmp_path / "data")
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / where / "cache"))
+    settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(tmp_path / "data")]})
+    with pytest.raises(UserError, match=f"the cache .* lies in {tmp_path / where}; set CODIEMB_JAX_CACHE"):
+        run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_cache_raises_user_error(golden, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / "cache"))
+    settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]}, export=False)
+    settings["optimizer"] = {"max_steps": 1}
+    run(settings, tmp_path)
+    (prepared,) = (tmp_path / "cache").iterdir()
+    for pattern in ("index.npz", "**/*.array_record*", "**/dataset_info.json"):
+        (path,) = prepared.glob(pattern)
+        content = path.read_bytes()
+        for spoilt in (b"", content[: len(content) // 2]):
+            path.write_bytes(spoilt)
+            settings["output_dir"] = str(tmp_path / f"run {pattern[-4:]} {len(spoilt)}")
+            with pytest.raises(UserError, match=f"{prepared}: the prepared data set is damaged .*; delete the folder"):
+                run(settings, tmp_path)
+        path.write_bytes(content)

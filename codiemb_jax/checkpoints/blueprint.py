@@ -14,6 +14,7 @@ from codiemb_jax.checkpoints.safetensors import NUMPY_TYPES
 from codiemb_jax.config import ModelSettings, Positive, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import is_bare_name, is_unicode
+from codiemb_jax.text.prompts import tokenizing
 from codiemb_jax.text.sentence import SentencePrompts
 
 VERSION: Literal[2] = 2
@@ -123,10 +124,8 @@ class Blueprint(BaseModel):
         """
         with tempfile.TemporaryDirectory() as folder:
             write_files(Path(folder), self.files)
-            try:
+            with tokenizing():
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-            except Exception as error:  # the tokenizers library raises plain Exception on a malformed file
-                raise UserError(f"tokenizer.json, tokenizer_config.json: cannot be read: {error}") from error
         if not isinstance(longest := tokenizer.model_max_length, int | float):
             raise UserError(f"tokenizer_config.json: model_max_length: expected a number, found {longest!r}")
         return tokenizer

@@ -143,7 +143,7 @@ def _change_tokenizer(folder: Path, blueprint: Blueprint, prompt: PromptSettings
         config.pop(name, None)
     write_json(
         path,
-        {**config, "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
+        {**config, "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", "truncation_side": "right"}
         | {"model_max_length": blueprint.max_tokens},
     )
 

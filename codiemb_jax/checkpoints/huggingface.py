@@ -46,9 +46,8 @@ class HuggingFaceFolder(ModelFolder):
         self.code = _read_files(sorted(path.glob("*.py")))
         self._dense = WeightFiles(modules.dense) if modules and modules.dense else None
         self.stored = self._direction(modules is not None) | (modules.encoding if modules else {})
-        self.text, longest = None, None
-        if modules:
-            self.text, longest = read_prompts(path, modules.include_prompt)
+        text, longest = read_prompts(path, modules.include_prompt if modules else True)
+        self.text = text if modules else None
         self.max_tokens = min(longest or self.model_config.max_positions, self.model_config.max_positions)
         self._passthrough = passthrough_names(self.dtypes, self.family, self.prefix, self.model_config.layers)
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from codiemb_jax.checkpoints.blueprint import ENCODING, Blueprint
 from codiemb_jax.checkpoints.families import Family
-from codiemb_jax.checkpoints.folder import ModelFolder
+from codiemb_jax.checkpoints.folder import ModelFolder, naming
 from codiemb_jax.checkpoints.huggingface import HUB_FILES, HuggingFaceFolder
 from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, is_checkpoint, steps_of
 from codiemb_jax.checkpoints.safetensors import LazyArray
@@ -20,6 +20,7 @@ from codiemb_jax.models.build import Params, abstract_model, new_projection
 from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.encoder import Encoder, EncoderConfig
 from codiemb_jax.sharding import cpu_mesh
+from codiemb_jax.text.prompts import tokenizing
 from codiemb_jax.text.sentence import SentencePrompts
 
 
@@ -150,7 +151,9 @@ def _check_tokenizer(path: Path, blueprint: Blueprint, config: DecoderConfig | E
             f"{config.first_position - 1} in config.json (pad_token_id) but {tokenizer.pad_token_id} in the tokenizer; "
             "make them agree"
         )
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    with naming(path), tokenizing():
+        added = tokenizer.backend_tokenizer.encode("").ids  # by the post-processor, which has ids of its own
+    largest = max([*tokenizer.get_vocab().values(), *added], default=0)
     if largest >= config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has a token with id {largest}, but the model only {config.vocab_size} embeddings "

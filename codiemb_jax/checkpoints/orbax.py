@@ -159,16 +159,32 @@ def restore_run(folder: Path, done: int, params: Params, optimizer: Any) -> tupl
     Raises:
       UserError: the checkpoint is damaged.
     """
-    earlier = [step for step in steps_of(folder) if step < done]
-    hint = f"; remove it to continue from the one before it, {folder / str(earlier[-1])}" if earlier else ""
-    try:
-        checkpoint = OrbaxCheckpoint(folder / str(done))
+    with _run_checkpoint(folder, done) as checkpoint:
         if "optimizer" not in checkpoint.arrays:
             raise _damaged(checkpoint.path, "it lacks the optimizer's state")
         checkpoint.check(params)
         return checkpoint.load(params), restore_item(
             checkpoint.path, "optimizer", checkpoint.arrays["optimizer"], optimizer
         )
+
+
+def restore_passthrough(folder: Path, done: int) -> dict[str, np.ndarray]:
+    """The weights that training passes through, as the checkpoint after `done` steps holds them.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    with _run_checkpoint(folder, done) as checkpoint:
+        return {name: np.asarray(weight) for name, weight in checkpoint.stream_passthrough().items()}
+
+
+@contextmanager
+def _run_checkpoint(folder: Path, done: int) -> Iterator[OrbaxCheckpoint]:
+    """The checkpoint after `done` steps; if it is damaged, the message says which one is before it."""
+    earlier = [step for step in steps_of(folder) if step < done]
+    hint = f"; remove it to continue from the one before it, {folder / str(earlier[-1])}" if earlier else ""
+    try:
+        yield OrbaxCheckpoint(folder / str(done))
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{error}{hint}") from error
 

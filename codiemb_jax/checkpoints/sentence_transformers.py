@@ -33,6 +33,11 @@ KINDS = {
 """Modules by the names that sentence-transformers' versions have written."""
 LIMITS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 """In sentence_KIND_config.json, in the order in which sentence-transformers looks for one."""
+UNREAD = (
+    "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs", "query_length", "document_length",
+    "processing_kwargs",
+)  # fmt: skip
+"""Keys of that file that change what sentence-transformers computes."""
 IDENTITY = "torch.nn.modules.linear.Identity"
 DENSE = (Weight("kernel", "linear.weight", True), Weight("bias", "linear.bias", False))
 
@@ -97,6 +102,11 @@ def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, i
         next((read_json(folder / name, dict) for name in names if (folder / name).exists()), nothing)
         for names in (["config_sentence_transformers.json"], [f"sentence_{kind}_config.json" for kind in LIMITS])
     )
+    if others := [key for key in UNREAD if limits.get(key)]:
+        raise UserError(
+            f"{folder}: {others[0]} in the file of limits is not supported; supported are max_seq_length "
+            "and do_lower_case"
+        )
     prompts = described.get("prompts")
     if isinstance(prompts, dict):
         prompts = {name: "" if prompt is None else prompt for name, prompt in prompts.items()}
@@ -114,12 +124,12 @@ def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, i
     name = text.default_prompt_name
     if name is not None and name not in {"query", "document", *text.prompts}:
         raise UserError(f"{folder}: default_prompt_name {name!r} is none of its prompts")
-    longest = limits.get("max_seq_length")
-    if longest is None:
-        tokenizer = folder / "tokenizer_config.json"
-        longest = read_json(tokenizer, dict).get("model_max_length") if tokenizer.exists() else None
+    where, longest = f"{folder}: max_seq_length", limits.get("max_seq_length")
+    tokenizer = folder / "tokenizer_config.json"
+    if longest is None and tokenizer.exists():
+        where, longest = f"{tokenizer}: model_max_length", read_json(tokenizer, dict).get("model_max_length")
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1):
-        raise UserError(f"{folder}: max_seq_length: expected a number of at least 1, found {shorten(repr(longest))}")
+        raise UserError(f"{where}: expected a number of at least 1, found {shorten(repr(longest))}")
     return text, None if longest is None else int(min(longest, 2**31 - 1))
 
 

@@ -1,6 +1,8 @@
 """A prepared data set: tokens in ArrayRecord, and the index of what can be planned without reading them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from codiemb_jax.batch import Task
+from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.text.prompts import Tokens
 
 INDEX = "index.npz"
@@ -43,7 +46,7 @@ class Index:
 
     @classmethod
     def load(cls, path: Path) -> "Index":
-        with np.load(path, allow_pickle=False) as arrays:
+        with _reading(path.parent), np.load(path, allow_pickle=False) as arrays:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
@@ -69,7 +72,8 @@ class PreparedDataSet:
 
     def read(self, examples: np.ndarray) -> list[list[Tokens]]:
         """The texts of each of `examples` (indices in file order): query, positives, negatives."""
-        rows = self._rows.__getitems__(self.index.position[examples].tolist())
+        with _reading(self.folder):
+            rows = self._rows.__getitems__(self.index.position[examples].tolist())
         return [
             [
                 Tokens(ids, int(content))
@@ -89,6 +93,16 @@ class PreparedDataSet:
 
 BUILDER, BUILDER_VERSION = "tokenized_texts", "1.0.0"
 """Of the TensorFlow Datasets builder that `prepare` writes with: the folders of each part."""
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """UserError if a prepared data set cannot be read."""
+    try:
+        yield
+    except Exception as error:  # the libraries that read have errors of many kinds
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise UserError(f"{folder}: the prepared data set is damaged ({reason}); delete the folder") from error
 
 
 def cache_folder() -> Path:

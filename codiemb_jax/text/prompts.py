@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from codiemb_jax.config import PromptSettings
-from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.text.records import Triple
 
 if TYPE_CHECKING:
@@ -25,6 +26,17 @@ class Tokens(NamedTuple):
     """int32 [tokens]"""
     content: int
     """Index of the first pooled token: `ids[content:]`, the end tokens included, is what a mean covers."""
+
+
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """UserError if the tokenizers library fails, which is a matter of tokenizer.json."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # plain Exception, or a panic, which is not even that
+        raise UserError(f"tokenizer.json cannot be used: {shorten(str(error), 200)}") from error
 
 
 class EmptyContent(UserError):
@@ -134,7 +146,8 @@ class PromptTokenizer:
         # Both are state of the tokenizer, set by tokenizer.json or by whoever called it last.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        return [(e.ids, e.offsets) for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        with tokenizing():
+            return [(e.ids, e.offsets) for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def _special_ids(self, field: str, literal: str, special: set[str]) -> list[int]:
         ids = self._tokenize([literal])[0][0]

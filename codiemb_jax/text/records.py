@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from codiemb_jax.batch import Task
 from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.files import is_unicode
 
 ENDINGS = (".json", ".jsonl")
 REQUIRED = ("task_type", "query", "positives")
@@ -82,6 +83,11 @@ def find_files(paths: Sequence[Path], setting: str) -> list[Path]:
             problems.append(f"{path}: no such file or folder")
         except OSError as error:
             problems.append(f"{path}: cannot be read: {error.strerror}")
+    problems += [
+        f"{ascii(str(file))}: the name is not valid UTF-8; rename the file"
+        for file in files
+        if not is_unicode(str(file))
+    ]
     problems += [
         f"{file}: cannot be read; give yourself the right to" for file in files if not os.access(file, os.R_OK)
     ]

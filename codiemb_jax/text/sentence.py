@@ -10,7 +10,7 @@ from tokenizers.normalizers import Sequence as Normalizers
 
 from codiemb_jax.config import Flag
 from codiemb_jax.errors import UserError
-from codiemb_jax.text.prompts import Tokens
+from codiemb_jax.text.prompts import Tokens, tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +54,12 @@ class SentenceTokenizer:
         self._tokenizer.enable_truncation(max_tokens, direction=self._side)
         head = 0
         if prompt and not self._settings.include_prompt:
-            ids = self._tokenizer.encode(prompt).ids
+            with tokenizing():
+                ids = self._tokenizer.encode(prompt).ids
             head = len(ids) - (bool(ids) and ids[-1] in self._special)
-        encoded = self._tokenizer.encode_batch([prompt + text for text in texts])
-        return [Tokens(np.array(text.ids, np.int32), head) for text in encoded]
+        with tokenizing():
+            encoded = self._tokenizer.encode_batch([prompt + text for text in texts])
+            tokens = [Tokens(np.array(text.ids, np.int32), head) for text in encoded]
+        if any(text.ids.size > max_tokens for text in tokens):
+            raise UserError(f"tokenizer.json cannot be used: it makes more than the {max_tokens} tokens allowed")
+        return tokens

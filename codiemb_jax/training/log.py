@@ -68,10 +68,10 @@ class MetricsLog:
         names = [self._names[source] for source in plan.sources]
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             fix = (
-                "checkpoints hold earlier steps only.  Lower optimizer.learning_rate or set optimizer.clip_norm, in "
-                "another output_dir"
+                "lower optimizer.learning_rate or set optimizer.clip_norm, in another output_dir"
                 if plan.number
-                else "nothing has been trained yet: look for weights in the model that are not finite or huge"
+                else "nothing has been trained yet: look for weights in the model that are NaN, infinite or huge, and "
+                "for such settings of the objective"
             )
             raise UserError(
                 f"step {plan.number} ({plan.task}, {', '.join(names)}): the loss is {values['loss']}, the "
@@ -117,10 +117,19 @@ class MetricsLog:
 
 def _keep_lines(path: Path, done: int) -> None:
     """Leaves the lines of steps 0 … done - 1; what a killed run wrote beyond its checkpoint goes."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:done] if path.exists() else []
-    if len(lines) < done:
+    lines = path.read_bytes().splitlines(keepends=True)[:done] if path.exists() else []
+    whole = next((step for step, line in enumerate(lines) if not _is_line(line, step)), len(lines))
+    if whole < done:
         raise UserError(
-            f"{path}: holds {len(lines)} lines, the checkpoint to continue from is at step {done}; put the file back, "
-            "or start over in another output_dir"
+            f"{path}: holds {whole} of the {done} lines before the checkpoint to continue from; put the file back, or "
+            "start over in another output_dir"
         )
-    write_atomically(path, "".join(line + "\n" for line in lines))
+    write_atomically(path, b"".join(lines).decode())
+
+
+def _is_line(line: bytes, step: int) -> bool:
+    """Whether a line is the complete one of a step."""
+    try:
+        return line.endswith(b"\n") and json.loads(line.decode("utf-8"))["step"] == step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

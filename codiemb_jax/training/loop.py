@@ -6,16 +6,18 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from codiemb_jax.batch import StepTask
 from codiemb_jax.checkpoints.export import write_export
 from codiemb_jax.checkpoints.model import PretrainedModel
-from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_run
+from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_passthrough, restore_run
 from codiemb_jax.config import CheckpointSettings, Settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.sampler import StepPlan
+from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.training.log import MetricsLog
@@ -33,8 +35,12 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
     """Trains, or continues what `output_dir` holds; exports.  Returns the held-out metrics before and after."""
     settings, model, folder = run.start.settings, run.start.model, run.folder
     with jax.set_mesh(run.start.mesh):
-        passthrough = {name: np.asarray(weight) for name, weight in model.stream_passthrough().items()}
-        initial = None if folder.done() else model.load(settings.seed)
+        done = folder.done()
+        if done:  # all weights are those of the checkpoint: the model's folder may have changed
+            initial, passthrough = None, restore_passthrough(folder.checkpoints, done)
+        else:
+            initial = model.load(settings.seed)
+            passthrough = {name: np.asarray(weight) for name, weight in model.stream_passthrough().items()}
         log_overrides(settings, model)
         if initial is not None:
             folder.begin(settings, run.inputs)
@@ -84,8 +90,27 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
                 log.write(*waiting)
                 log.flush()
                 waiting = None
+                check_finite(state.params, done)
                 checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
     return state.params
+
+
+@jax.jit
+def _all_finite(params: Params) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+
+
+def check_finite(params: Params, done: int) -> None:
+    """Checks the weights after `done` steps: a step's own metrics do not show what its update has done.
+
+    Raises:
+      UserError: some are NaN or infinite.
+    """
+    if not _all_finite(params):
+        raise UserError(
+            f"step {done - 1}: its update made weights NaN or infinite; lower optimizer.learning_rate or "
+            "optimizer.weight_decay or set optimizer.clip_norm, in another output_dir"
+        )
 
 
 def is_due(settings: CheckpointSettings, done: int, steps_per_epoch: int) -> bool:

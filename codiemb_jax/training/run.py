@@ -87,6 +87,7 @@ def open_run(start: TrainingModel) -> Run:
         **{f"evaluation.{task}": held_out_files(settings, task) for task in TASKS},
     }
     folder.check_place(read)
+    check_cache(cache_folder(), settings.output_dir, [path for paths in read.values() for path in paths])
     limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
     data_sets = [
         prepare(path, task, start.tokenizer, cache=cache_folder(), **limits) for task in TASKS for path in files[task]
@@ -108,6 +109,17 @@ def open_run(start: TrainingModel) -> Run:
         inputs[DEVICES] = str(shards)
     folder.check_run(settings, inputs)
     return Run(start, data_sets, names, plan, steps, folder, inputs)
+
+
+def check_cache(cache: Path, output_dir: Path, read: Sequence[Path]) -> None:
+    """Checks that prepared data are not written into the run's folder or among what is read.
+
+    Raises:
+      UserError: they would be.
+    """
+    for folder in (output_dir, *read):
+        if cache.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"the cache {cache} lies in {folder}; set CODIEMB_JAX_CACHE to another folder")
 
 
 def held_out_files(settings: Settings, task: Task) -> list[Path]:

@@ -6,6 +6,8 @@ A run writes only into an empty folder or its own, and replaces no file but its 
 import hashlib
 import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from codiemb_jax.checkpoints.orbax import steps_of
+from codiemb_jax.checkpoints.orbax import is_checkpoint, steps_of
 from codiemb_jax.config import Settings
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import read_json, write_atomically, write_json
@@ -28,6 +30,10 @@ FREE_TO_CHANGE = (
 MARK = "codiemb_jax"
 """Key of inputs.json that tells a run's folder from others; its value is the format's version."""
 VERSION = 1
+
+LEFTOVER = re.compile(r"\.inputs\.json\.[0-9a-f]{8}\.tmp")
+SCRATCH = re.compile(r"\.export\.[0-9a-f]{8}\.unfinished")
+"""Names that only a run gives, to files and folders that it is still writing."""
 
 HeldOutMetrics = dict[str, float]
 """Held-out metrics by `FILE METRIC`."""
@@ -127,7 +133,7 @@ class RunFolder:
             names = sorted(child.name for child in self.path.iterdir()) if self.path.exists() else []
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be read: {error.strerror}") from error
-        if not set(names) - {self.inputs.name + ".tmp"}:  # a run killed at its very start leaves this much
+        if all(LEFTOVER.fullmatch(name) for name in names):  # a run killed at its very start leaves this much
             return
         files, folders = (self.config, self.inputs, self.metrics, self.evaluation), (self.tensorboard, self.checkpoints)
         if self.inputs.name not in names and self.config.name not in names:
@@ -140,8 +146,12 @@ class RunFolder:
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
                 raise UserError(f"{path}: is not a file; move it away")
         for path in folders:
-            if os.path.lexists(path) and not path.is_dir():
-                raise UserError(f"{path}: is a file, and should be a folder; move it away")
+            if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+                raise UserError(f"{path}: is a file or a link, and should be a folder; move it away")
+        # Old checkpoints are removed as new ones come; the newest is checked when it is read.
+        for step in steps_of(self.checkpoints)[:-1]:
+            if not is_checkpoint(self.checkpoints / str(step)):
+                raise UserError(f"{self.checkpoints / str(step)}: is not a checkpoint of this run; move it away")
         if os.path.lexists(self.export) and (self.export.is_symlink() or not self.export.is_dir()):
             raise UserError(f"{self.export}: is not a folder, so that nothing can be exported there; move it away")
         try:
@@ -216,9 +226,12 @@ class RunFolder:
         Raises:
           UserError: a folder is there that this run has not written, or that has been changed since.
         """
-        scratch = self.path / ".export.unfinished"  # a name that is ours alone, in a folder that is ours
-        shutil.rmtree(scratch, ignore_errors=True)
+        for leftover in self.path.iterdir():
+            if SCRATCH.fullmatch(leftover.name) and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+        scratch = self.path / f".export.{secrets.token_hex(4)}.unfinished"
         try:
+            scratch.mkdir()
             write(scratch / self.export.name)
             # Written down before it is there, so that a run killed in between knows its own.
             digest = folder_digest(scratch / self.export.name)
