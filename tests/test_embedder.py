@@ -241,3 +241,80 @@ def test_what_sentence_transformers_would_not_take_raises_user_error(name, conte
     (tmp_path / "model" / name).write_text(json.dumps(content))
     with pytest.raises(UserError, match=str(tmp_path / "model")):
         Embedder.from_pretrained(tmp_path / "model")
+
+
+UNREAD = {
+    "tokenizer_args": {"truncation_side": "left"},
+    "processing_kwargs": {"text": {"max_length": 8}},
+    "query_length": 12,
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_what_is_not_read_of_the_limits_raises_user_error(key, minilm, tmp_path):
+    """It would change the vectors."""
+    shutil.copytree(minilm, tmp_path / "model")
+    (tmp_path / "model" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64, key: UNREAD[key]}))
+    with pytest.raises(UserError, match=f"{key} in the file of limits is not supported"):
+        Embedder.from_pretrained(tmp_path / "model")
+
+
+def test_a_transformer_alone_has_the_length_of_its_tokenizer(minilm, tmp_path):
+    shutil.copytree(minilm, tmp_path / "model", ignore=shutil.ignore_patterns("modules.json", "*sentence*", "1_*"))
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 20}))
+    model, theirs = Embedder.from_pretrained(tmp_path / "model"), sentence_transformer(tmp_path / "model")
+    assert model.max_seq_length == theirs.max_seq_length == 20
+    np.testing.assert_allclose(model.encode(TEXTS), theirs.encode(TEXTS), atol=1e-5, rtol=1e-4)
+
+
+def change_tokenizer(folder: Path, **changes) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+}
+BROKEN = {
+    "an id beyond the vocabulary": (
+        {"post_processor": TEMPLATE | {
+            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"x": {"id": "x", "ids": [50000], "tokens": ["x"]}},
+        }},
+        "a token with id 50000, but the model only 30522 embeddings",
+    ),
+    "a text twice": (
+        {"post_processor": TEMPLATE | {"single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2, "special_tokens": {}}},
+        "it makes more than the 256 tokens allowed",
+    ),
+    "a panic": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "cannot be used"),
+    "no unknown token": (
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[NONE]"}, "added_tokens": []},
+        "cannot be used",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_tokenizer_that_cannot_be_used_raises_user_error(what, minilm, tmp_path):
+    changes, message = BROKEN[what]
+    shutil.copytree(minilm, tmp_path / "model")
+    change_tokenizer(tmp_path / "model", **changes)
+    with pytest.raises(UserError, match=message):
+        Embedder.from_pretrained(tmp_path / "model").encode(TEXTS)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
+def test_a_batch_size_that_is_none_raises_user_error(batch_size, published):
+    with pytest.raises(UserError, match="batch_size: expected a whole number of at least 1"):
+        published.encode(TEXTS, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"inputs": 5}, {"inputs": None}, {"inputs": ["\ud800"]}, {"inputs": TEXTS, "prompt": 5}], ids=str
+)
+def test_what_is_no_text_raises_user_error(arguments, published):
+    with pytest.raises(UserError, match="expected|not valid Unicode"):
+        published.encode(**arguments)
