@@ -22,8 +22,8 @@ def pad(texts: Sequence[Tokens | None], row_length: int) -> TokenRows:
 
 
 def padded_length(longest: int, limit: int) -> int:
-    """The shortest of the limit, its half, quarter, eighth and sixteenth that holds `longest` tokens.
+    """The shortest of 1/16, 1/8, 1/4, 1/2, 3/4 and all of `limit` that holds `longest` tokens.
 
     Few lengths, because each new shape is compiled once.
     """
-    return next(length for length in (-(-limit // part) for part in (16, 8, 4, 2, 1)) if length >= longest)
+    return next(length for length in (-(-limit * part // 16) for part in (1, 2, 4, 8, 12, 16)) if length >= longest)

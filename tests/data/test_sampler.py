@@ -233,8 +233,11 @@ def lengths_of(step: StepPlan) -> tuple[list[int], list[int]]:
     return queries, texts
 
 
+ROW_LENGTHS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+
+
 def shortest_allowed(longest: int, limit: int) -> int:
-    allowed = sorted(int(np.ceil(limit / part)) for part in (1, 2, 4, 8, 16))
+    allowed = [int(np.ceil(limit * part)) for part in ROW_LENGTHS]
     return min(length for length in allowed if length >= longest)
 
 
@@ -281,7 +284,7 @@ def test_padded_length(limit, data):
     longest = data.draw(st.integers(1, limit))
     length = padded_length(longest, limit)
     assert longest <= length <= limit
-    assert length in {int(np.ceil(limit / part)) for part in (1, 2, 4, 8, 16)}
+    assert length in {int(np.ceil(limit * part)) for part in ROW_LENGTHS}
     assert length == shortest_allowed(longest, limit)
     assert padded_length(limit, limit) == limit
     assert padded_length(length, limit) == length
