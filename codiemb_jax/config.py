@@ -32,15 +32,27 @@ def _float32(value: float) -> float:
     return value
 
 
+PACKAGE_SCHEME = "package://"
+"""Prefix of paths to files that are installed with this package, such as the quickstart's data."""
+
+
 def _path(value: Any) -> Path:
     if isinstance(value, Path):
         return value
     if not isinstance(value, str) or not value:
         raise ValueError("a path must be a text that is not empty")
+    if value.startswith(PACKAGE_SCHEME):
+        raise ValueError(f"{PACKAGE_SCHEME} is for what the package includes, which is only read")
     try:
         return Path(_text(value)).expanduser()
     except RuntimeError as error:
         raise ValueError(f"there is no home directory for {shorten(value.split('/')[0])}") from error
+
+
+def _input_path(value: Any) -> Path:
+    if isinstance(value, str) and value.startswith(PACKAGE_SCHEME):
+        return Path(__file__).parent / _text(value).removeprefix(PACKAGE_SCHEME)
+    return _path(value)
 
 
 def _paths(value: Any) -> Any:
@@ -56,7 +68,8 @@ AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), Afte
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), AfterValidator(_float32)]
 Flag = Annotated[bool, Field(strict=True)]
 OnePath = Annotated[Path, BeforeValidator(_path)]
-Paths = Annotated[list[OnePath], BeforeValidator(_paths)]
+InputPath = Annotated[Path, BeforeValidator(_input_path)]
+Paths = Annotated[list[InputPath], BeforeValidator(_paths)]
 PromptText = Annotated[str, Field(strict=True, max_length=10_000), BeforeValidator(_text)]
 """The limit is generous for a prompt and spares the tokenizer one of megabytes, which it would see with every text."""
 
@@ -66,7 +79,7 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    path: Annotated[str, BeforeValidator(lambda path: str(_path(path)))]
+    path: Annotated[str, BeforeValidator(lambda path: str(_input_path(path)))]
     """Folder in Hugging Face format, an Orbax checkpoint of this project, or a hub id."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token sees its whole text or only what stands before it."""

@@ -14,6 +14,8 @@ from codiemb_jax.config import Settings
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.program import Parser
 
+CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+"""The configurations that this package includes, by name."""
 MERGE = "tag:yaml.org,2002:merge"
 """Tag of the key `<<`."""
 MAX_NODES = 10_000
@@ -57,6 +59,11 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
     except ValidationError as error:
         problems = [_problem(problem, node, path, set(given)) for problem in error.errors()]
         raise UserError("invalid settings:\n" + format_problems(problems)) from error
+
+
+def find_config(name: str) -> Path:
+    """The path of a settings file, which can be given as the name of a configuration of this package."""
+    return CONFIGS[name] if name in CONFIGS and not Path(name).exists() else Path(name)
 
 
 def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
@@ -148,7 +155,8 @@ def _read(path: Path) -> tuple[dict[str, Any], yaml.Node]:
             raise UserError("invalid settings:\n" + format_problems(problems))
         values = loader.construct_document(root) if root else None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        hint = "" if path.suffix else f"; configurations of this package: {', '.join(CONFIGS)}"
+        raise UserError(f"{path}: cannot be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         message = "\n".join(shorten(line, 200) for line in str(error).splitlines())
         raise UserError(f"{path}: not valid YAML: {message}") from error

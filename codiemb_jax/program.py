@@ -41,7 +41,7 @@ def loading_modules() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run_program(main: Callable[[], None], interrupted: str = "stopped") -> None:
+def run_program(main: Callable[[], None]) -> None:
     """Runs a program's `main`; a `UserError` ends it with one message on stderr and exit code 2."""
     try:
         main()
@@ -49,6 +49,6 @@ def run_program(main: Callable[[], None], interrupted: str = "stopped") -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        print("\nstopped; run the same command again to continue", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # all files are closed; threads of native code may crash while the interpreter shuts down

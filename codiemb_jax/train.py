@@ -10,23 +10,29 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.program import Parser, loading_modules, run_program
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_jax.train") -> None:
     with loading_modules():
-        from codiemb_jax.config_file import flags_parser, load_settings
+        from codiemb_jax.config_file import find_config, flags_parser, load_settings
 
-    parser = Parser("python -m codiemb_jax.train", __doc__, add_help=False)
-    parser.add_argument("--config", type=Path, action="append", metavar="FILE", help="settings, YAML")
+    parser = Parser(prog, __doc__, add_help=False)
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="settings in YAML, or the name of a configuration of this package, such as quickstart",
+    )
     parser.add_argument("-h", "--help", action="store_true", help="show this help")
     options, flags = parser.parse_known_args(arguments)
     if options.help:
         parents = [parser, flags_parser()]
-        Parser(parser.prog, __doc__, add_help=False, parents=parents).print_help()
+        usage = "%(prog)s --config FILE [--SETTING VALUE ...]"
+        Parser(prog, __doc__, usage=usage, add_help=False, parents=parents).print_help()
         return
     if not options.config:
-        raise UserError("--config FILE is missing: give the settings, for example configs/quickstart.yaml")
+        raise UserError("--config FILE is missing: give the settings, for example --config quickstart")
     if len(options.config) > 1:
         raise UserError(f"--config: given {len(options.config)} times")
-    settings = load_settings(options.config[0], flags)
+    settings = load_settings(find_config(options.config[0]), flags)
 
     with loading_modules():
         from codiemb_jax.embedder import Embedder
@@ -59,4 +65,4 @@ def report(before: dict[str, float], after: dict[str, float], export: Path | Non
 
 
 if __name__ == "__main__":
-    run_program(main, interrupted="stopped; start the same command again to continue")
+    run_program(main)

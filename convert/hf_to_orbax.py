@@ -10,8 +10,8 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.program import Parser, loading_modules, run_program
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser("python -m convert.hf_to_orbax", __doc__)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.hf_to_orbax") -> None:
+    parser = Parser(prog, __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder in Hugging Face format, or a hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoint to write")
     options = parser.parse_args(arguments)

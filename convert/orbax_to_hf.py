@@ -13,8 +13,8 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.program import Parser, loading_modules, run_program
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser("python -m convert.orbax_to_hf", __doc__)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.orbax_to_hf") -> None:
+    parser = Parser(prog, __doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="Orbax checkpoint of ours")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--architecture", choices=["stock"], help="default: config.json as it came")

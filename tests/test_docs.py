@@ -1,37 +1,52 @@
-"""What README.md and docs/ say can be followed: programs, files, links, settings and data exist and are right."""
+"""Documentation can be followed: its commands, files, links, settings and examples are valid, and its Python runs."""
 
 import ast
-import importlib
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+from codiemb_jax import cli
 from codiemb_jax.config import Settings
-from codiemb_jax.config_file import load_settings
+from codiemb_jax.config_file import find_config, load_settings
 from codiemb_jax.text.records import read_records
+from convert.hf_to_orbax import main as hf_to_orbax
+from convert.orbax_to_hf import main as orbax_to_hf
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
-PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
-FILE_ENDINGS = ("json", "jsonl", "py", "safetensors", "yaml")
-PATH = re.compile(r"(?<![\w/.])((?:configs|scripts|tests|codiemb_jax|convert)/[\w./-]*\w)")
+PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+FILE_EXTENSIONS = ("json", "jsonl", "md", "py", "safetensors", "yaml")
+PATH = re.compile(r"(?<![\w/.])((?:configs|scripts|tests|benchmarks|codiemb_jax|convert)/[\w./-]*\w)")
+USERS_OWN = ("mine.yaml",)
 
 
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
+def blocks(page: Path, language: str = "") -> list[str]:
+    """The code blocks of a language; commands have none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
+    return [block for of, block in found if of == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command in a block."""
+    lines = [line for block in blocks(page) for line in block.splitlines()]
+    return [shlex.split(command) for line in lines for command in line.split("&&") if command.strip()]
 
 
 def name_of(page: Path) -> str:
-    return page.name
+    return str(page.relative_to(REPOSITORY))
+
+
+for_all_pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 def test_settings_page_is_up_to_date():
@@ -43,69 +58,111 @@ def test_settings_page_is_up_to_date():
     assert text_of(script.TARGET) == script.document(), "run python scripts/make_settings_doc.py"
 
 
-def test_the_two_lines_of_the_start_stand_there():
+def test_readme_has_the_two_commands_of_the_start():
     lines = text_of(README).splitlines()
     assert "pip install -e . && python -m codiemb_jax.train --config configs/quickstart.yaml" in lines
     assert 'pip install -e ".[test]" && pytest' in lines
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_programs_exist(page):
+def program_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """The subcommand of `codiemb` that a command runs, and its arguments; None for other programs."""
+    modules = {module: name for name, (module, _) in cli.PROGRAMS.items()}
+    if words[:2] == ["python", "-m"]:
+        return modules[words[2]], words[3:]
+    if words[0] == "codiemb":
+        return words[1], words[2:]
+    return None
+
+
+@for_all_pages
+def test_commands_are_valid(page):
+    for words in commands(page):
+        if words[0] == "pip":
+            extras = re.search(r"\[([\w,]+)\]", words[-1])
+            wanted = extras[1].split(",") if extras else []
+            assert set(wanted) <= PROJECT["project"]["optional-dependencies"].keys(), words
+        elif program := program_of(words):
+            name, arguments = program
+            assert name in cli.PROGRAMS, words
+            if name == "train":
+                check_training(arguments)
+            else:
+                source = text_of(REPOSITORY / (cli.PROGRAMS[name][0].replace(".", "/") + ".py"))
+                flags = [word for word in arguments if word.startswith("--")]
+                assert flags and all(f'"{flag}"' in source for flag in flags), words
+        elif words[0] == "python":
+            assert (REPOSITORY / words[1]).is_file(), words
+            flags = [word for word in words[2:] if word.startswith("--")]
+            assert all(f'"{flag}"' in text_of(REPOSITORY / words[1]) for flag in flags), words
+        else:
+            assert words[0] in ("pytest", "pre-commit", "mkdocs"), words
+
+
+def check_training(arguments: list[str]) -> None:
+    """Checks the flags of a command, on top of the quickstart where the file is the user's own."""
+    assert arguments[0] == "--config"
+    own = arguments[1] in USERS_OWN
+    config = find_config("quickstart" if own else arguments[1])
+    load_settings(config if config.is_absolute() else REPOSITORY / config, arguments[2:])
+
+
+@for_all_pages
+def test_modules_exist(page):
     for module in set(re.findall(r"python -m ([\w.]+)", text_of(page))):
         spec = importlib.util.find_spec(module)
-        assert spec and spec.origin, module
-        assert '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8"), module
+        if module != "MODULE":
+            assert spec and spec.origin, module
+            assert '__name__ == "__main__"' in text_of(Path(spec.origin)), module
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_flags_of_the_converters_exist(page):
-    for module, rest in re.findall(r"python -m (convert\.\w+)([^`\n]*)", text_of(page)):
-        source = (REPOSITORY / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
-        for word in shlex.split(rest):
-            assert not word.startswith("--") or f'"{word}"' in source, f"{module} {word}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_all_pages
 def test_paths_exist(page):
     for path in set(PATH.findall(text_of(page))):
         assert (REPOSITORY / path).exists(), path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@for_all_pages
 def test_relative_links_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
-        if not target.startswith(("http://", "https://", "#")):
-            assert (page.parent / target.split("#")[0]).exists(), target
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            linked = page.parent / path if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_all_pages
 def test_named_tests_exist(page):
     for path, choice in re.findall(r"pytest (tests/[\w./]+)(?: -k (\w+))?", text_of(page)):
         if choice:
-            tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
+            tree = ast.parse(text_of(REPOSITORY / path))
             names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
             assert any(name.startswith("test_") and choice in name for name in names), f"{path} -k {choice}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_all_pages
 def test_examples_of_settings_are_valid(page, tmp_path):
     for block in blocks(page, "yaml"):
         (tmp_path / "settings.yaml").write_text(block, encoding="utf-8")
         load_settings(tmp_path / "settings.yaml")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_all_pages
 def test_named_settings_exist(page):
     sections = {name: field.annotation for name, field in Settings.model_fields.items()}
     fields = {name: getattr(section, "model_fields", {}) for name, section in sections.items()}
     for section, field in re.findall(r"(?:`|--)(\w+)\.(\w+)(?=[`: ])", text_of(page)):
-        if fields.get(section) and field not in FILE_ENDINGS:
+        if fields.get(section) and field not in FILE_EXTENSIONS:
             assert field in fields[section], f"{section}.{field}"
-    for section, field in re.findall(r"--(\w+)\.(\w+)", text_of(page)):
-        assert field in fields.get(section, ()), f"--{section}.{field}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_all_pages
 def test_examples_of_data_are_valid(page, tmp_path):
     for block in blocks(page, "json"):
         for line in block.splitlines():
@@ -115,10 +172,31 @@ def test_examples_of_data_are_valid(page, tmp_path):
             assert record.positives
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_examples_of_python_import_what_is_there(page):
+@pytest.fixture(scope="module")
+def work(golden, tmp_path_factory) -> Path:
+    """A folder with what the Python examples read: exports, a checkpoint and a file of question and answer pairs."""
+    folder = tmp_path_factory.mktemp("docs")
+    checkpoint = folder / "runs" / "mine" / "checkpoints" / "STEP"
+    hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
+    for run in ("mine", "quickstart"):
+        export = folder / "runs" / run / "export"
+        orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(export), "--architecture", "stock"])
+    rows = "".join(f'"question {i}, with a comma?",answer {i}\n' for i in range(20))
+    (folder / "faq.csv").write_text("question,answer\n" + rows, encoding="utf-8")
+    return folder
+
+
+@for_all_pages
+def test_python_examples_run(page, work, monkeypatch):
+    monkeypatch.chdir(work)
     for block in blocks(page, "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("codiemb_jax", "convert")):
-                module = importlib.import_module(node.module or "")
-                assert all(hasattr(module, alias.name) for alias in node.names), node.module
+        exec(compile(block, str(page), "exec"), {})
+
+
+def test_pairs_become_examples(work, monkeypatch):
+    monkeypatch.chdir(work)
+    (conversion,) = (block for block in blocks(REPOSITORY / "docs/guides/data.md", "python") if "csv" in block)
+    exec(compile(conversion, "data.md", "exec"), {})
+    train, heldout = (list(read_records(Path("data") / f"{name}.jsonl", "ir")) for name in ("train", "heldout"))
+    assert [record.query.text for record in heldout] == [f"question {i}, with a comma?" for i in (0, 10)]
+    assert [record.positives[0].text for record in train] == [f"answer {i}" for i in range(20) if i % 10]

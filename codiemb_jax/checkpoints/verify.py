@@ -80,7 +80,7 @@ def verify(folder: Path, model: PretrainedModel, ours: TokenEmbedder) -> bool:
     if off_by_one:
         console.print(
             f"{len(off_by_one)} more texts do not join the prompt's last space as the others do, and "
-            f"sentence-transformers cannot tell: worst cosine {min(off_by_one):.7f} (docs/export.md)"
+            f"sentence-transformers cannot tell: worst cosine {min(off_by_one):.7f} (docs/guides/export.md)"
         )
     if wrong:
         console.print("ids or vectors differ:", *wrong, sep="\n  ")

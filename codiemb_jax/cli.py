@@ -1,0 +1,36 @@
+"""The console command `codiemb`: every program is one of its subcommands."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from codiemb_jax import __version__
+from codiemb_jax.program import Parser, run_program
+
+PROGRAMS = {
+    "train": ("codiemb_jax.train", "fine-tune a model, or continue a run that was stopped"),
+    "hf-to-orbax": ("convert.hf_to_orbax", "convert a Hugging Face folder to an Orbax checkpoint"),
+    "orbax-to-hf": ("convert.orbax_to_hf", "export an Orbax checkpoint as a Hugging Face folder"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a subcommand.
+
+    Raises:
+      UserError: If there is no such subcommand, or its arguments are invalid.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser("codiemb", "Fine-tunes text-embedding models in JAX.")
+    parser.add_argument("--version", action="version", version=f"codiemb_jax {__version__}")
+    subcommands = parser.add_subparsers(title="subcommands", metavar="COMMAND", dest="command", required=True)
+    for name, (_, help_text) in PROGRAMS.items():
+        subcommands.add_parser(name, help=help_text, add_help=False)
+    options, rest = parser.parse_known_args(arguments[:1])
+    module, _ = PROGRAMS[options.command]
+    import_module(module).main(arguments[1:], prog=f"codiemb {options.command}")
+
+
+def run() -> None:
+    """The entry point of the installed command."""
+    run_program(main)

@@ -1,0 +1,101 @@
+"""The console command: its subcommands are the programs, and configurations of the package are found by name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from codiemb_jax import __version__
+from codiemb_jax.cli import PROGRAMS, main
+from codiemb_jax.config import Settings
+from codiemb_jax.config_file import CONFIGS, find_config, flags_parser, load_settings
+from codiemb_jax.errors import UserError
+
+PACKAGE = Path(__file__).parent.parent / "codiemb_jax"
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    try:
+        main([*arguments, "--help"])
+    except SystemExit as end:
+        assert end.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_every_subcommand(capsys):
+    text = help_of(capsys)
+    assert text.startswith("usage: codiemb ")
+    for name, (_, help_text) in PROGRAMS.items():
+        assert re.search(rf"\b{name}\s+{help_text}", text)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_of_a_subcommand_is_that_of_its_program(name, capsys):
+    assert help_of(capsys, name).startswith(f"usage: codiemb {name} ")
+
+
+def test_help_of_train_lists_every_setting(capsys):
+    text = help_of(capsys, "train")
+    for section, field in Settings.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        names = [section] if inner is None else [f"{section}.{name}" for name in inner]
+        for name in names:
+            assert f"--{name} VALUE" in text
+    assert len(re.findall(r"^  --[\w.]+ VALUE", text, re.MULTILINE)) == len(flags_parser()._actions)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"codiemb_jax {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["tran"], "invalid choice: 'tran'"),
+        (["--config", "quickstart"], "required: COMMAND"),
+        (["train"], "--config FILE is missing"),
+        (
+            ["train", "--config", "quickstrat"],
+            "quickstrat: cannot be read: .*; configurations of this package: ",
+        ),
+        (["hf-to-orbax", "--output", "x"], "required: --model"),
+    ],
+)
+def test_invalid_arguments_raise_user_error(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_takes_precedence_over_a_configuration_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("quickstart") == PACKAGE / "configs" / "quickstart.yaml"
+    Path("quickstart").write_text("")
+    assert find_config("quickstart") == Path("quickstart")
+    assert find_config("other.yaml") == Path("other.yaml")
+
+
+def test_configurations_are_the_files_of_configs():
+    assert CONFIGS.keys() == {path.stem for path in (PACKAGE.parent / "configs").glob("*.yaml")}
+
+
+def test_quickstart_reads_what_the_package_carries(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(find_config("quickstart"))
+    paths = [*settings.data.ir, *settings.data.sts, *settings.evaluation.ir, *settings.evaluation.sts]
+    for path in [Path(settings.model.path), *paths]:
+        assert path.is_relative_to(PACKAGE / "quickstart")
+        assert path.is_dir()
+    assert settings.output_dir == Path("runs/quickstart")
+
+
+def test_output_is_never_written_into_the_package(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("output_dir: package://run\nmodel: {path: m}\ndata: {ir: d}\n")
+    with pytest.raises(UserError, match="settings.yaml:1: output_dir: package:// is for what the package includes"):
+        load_settings(path)
