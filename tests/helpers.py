@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 from safetensors.numpy import load_file
-from sentence_transformers import SentenceTransformer
 
 from codiemb_jax.train import main as train
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 def golden_settings(golden: Path, output_dir: Path, **sections: Any) -> dict[str, Any]:
@@ -61,8 +63,10 @@ def assert_bitwise(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
         assert found[name].tobytes() == value.tobytes(), name
 
 
-def sentence_transformer(folder: Path) -> SentenceTransformer:
+def sentence_transformer(folder: Path) -> "SentenceTransformer":
     """A folder as sentence-transformers loads it, without remote code, in float32."""
+    from sentence_transformers import SentenceTransformer  # slow to import, and most tests do without it
+
     return SentenceTransformer(
         str(folder), device="cpu", trust_remote_code=False, local_files_only=True, model_kwargs={"dtype": "float32"}
     )
