@@ -1,11 +1,11 @@
-"""A random model of Youtu-Embedding's true shape, there and back: bits, seconds, memory, and vectors.
+"""Benchmarks the conversion of a random model with the full shape of Youtu-Embedding.
 
     pip install -e ".[test]" && python benchmarks/full_size.py --work models/full_size
 
-Makes the model (2.41 B parameters, bfloat16, in shards), converts it Hugging Face -> Orbax -> Hugging Face, each in
-a process of its own, compares all weights bit by bit, and a few texts' vectors with those of transformers' Qwen3.
-Needs 20 GB of disk and 20 GB of memory; the memory is transformers'.  What an earlier try left is made anew, but for
-the random model.
+Creates the model (2.41 B parameters, bfloat16, sharded) and converts it Hugging Face -> Orbax -> Hugging Face, each
+step in its own process. Compares all weights bitwise, and the embeddings of a few texts with those of Qwen3 in
+transformers. Reports seconds and peak memory. Needs 20 GB of disk, and 20 GB of memory (for transformers). An
+existing random model in --work is reused; other outputs are overwritten.
 """
 
 import argparse
@@ -40,8 +40,8 @@ TEXTS = (
 )
 
 
-def measured(*command: str) -> tuple[float, float]:
-    """Seconds and the largest resident memory, in GB, of a command."""
+def measure(*command: str) -> tuple[float, float]:
+    """Runs a command; returns its time in seconds and its peak resident memory in GB."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command])
     _, status, usage = os.wait4(process.pid, 0)
@@ -50,33 +50,34 @@ def measured(*command: str) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
 
 
-def bitwise(one: Path, other: Path) -> int:
-    """Number of weights, all equal in name, type, shape and bits."""
-    first, second = WeightFiles(one), WeightFiles(other)
+def compare_bitwise(folder: Path, other: Path) -> int:
+    """Checks that two folders have the same weights, names, dtypes and shapes; returns the number of weights."""
+    first, second = WeightFiles(folder), WeightFiles(other)
     if first.dtypes != second.dtypes or first.shapes != second.shapes:
-        sys.exit("names, types or shapes differ")
+        sys.exit("names, dtypes or shapes differ")
     for name in first.dtypes:
         if first.read(name).tobytes() != second.read(name).tobytes():
             sys.exit(f"{name} differs")
     return len(first.dtypes)
 
 
-def worst_cosine(checkpoint: Path, stock: Path) -> float:
-    """Of the texts' vectors, ours of the checkpoint and those of transformers of the exported folder."""
+def smallest_cosine(checkpoint: Path, export: Path) -> float:
+    """Returns the smallest cosine between embeddings of the checkpoint and of its export in transformers."""
     settings = ModelSettings(path=str(checkpoint), compute_dtype="float32", param_dtype="bfloat16")
     model = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
     tokens = PromptTokenizer(model.blueprint.tokenizer(), PromptSettings()).tokenize_queries(
         [Triple("Find the answer", "", text) for text in TEXTS], 512
     )
     rows = pad(tokens, max(text.ids.size for text in tokens))
-    ours = np.asarray(jax.jit(lambda params: embed(nnx.merge(model.graph, params), rows))(model.load()), np.float64)
+    actual = np.asarray(jax.jit(lambda params: embed(nnx.merge(model.graph, params), rows))(model.load()), np.float64)
     jax.clear_caches()
-    qwen3 = AutoModel.from_pretrained(stock, dtype=torch.float32).eval()
+    qwen3 = AutoModel.from_pretrained(export, dtype=torch.float32).eval()
     with torch.no_grad():
         mask = torch.from_numpy(rows.segment_ids).long()
         states = qwen3(torch.from_numpy(rows.tokens).long(), attention_mask=mask).last_hidden_state.double().numpy()
-    theirs = np.einsum("rt,rtd->rd", rows.pooling_mask, states)
-    return float(np.min(np.sum(ours * theirs, 1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)))
+    expected = np.einsum("rt,rtd->rd", rows.pooling_mask, states)
+    norms = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(np.min(np.sum(actual * expected, axis=1) / norms))
 
 
 def main() -> None:
@@ -84,28 +85,28 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for the models")
     parser.add_argument("--shape", default="youtu_embedding")
     work = parser.parse_args().work
-    came, orbax, went, stock = (work / name for name in ("hf", "orbax", "back", "stock"))
-    for folder in (orbax, went, stock):
+    original, orbax, exported, stock = (work / name for name in ("hf", "orbax", "back", "stock"))
+    for folder in (orbax, exported, stock):
         shutil.rmtree(folder, ignore_errors=True)
-    if not came.exists():
-        measured("scripts/make_random_checkpoint.py", "--shape", parser.parse_args().shape, "--output", str(came))
-    size = sum(path.stat().st_size for path in came.glob("*.safetensors")) / 1e9
-    table = Table("step", "seconds", "peak memory, GB", "of the checkpoint's bytes")
+    if not original.exists():
+        measure("scripts/make_random_checkpoint.py", "--shape", parser.parse_args().shape, "--output", str(original))
+    size = sum(path.stat().st_size for path in original.glob("*.safetensors")) / 1e9
+    table = Table("step", "seconds", "peak memory (GB)", "peak memory / checkpoint size")
     steps = {
-        "HF -> Orbax": ("convert.hf_to_orbax", "--model", str(came), "--output", str(orbax)),
-        "Orbax -> HF": ("convert.orbax_to_hf", "--checkpoint", str(orbax), "--output", str(went)),
+        "HF -> Orbax": ("convert.hf_to_orbax", "--model", str(original), "--output", str(orbax)),
+        "Orbax -> HF": ("convert.orbax_to_hf", "--checkpoint", str(orbax), "--output", str(exported)),
         "Orbax -> HF, stock": (
             "convert.orbax_to_hf", "--checkpoint", str(orbax), "--output", str(stock), "--architecture", "stock",
         ),
     }  # fmt: skip
     for name, command in steps.items():
-        seconds, memory = measured("-m", *command)
+        seconds, memory = measure("-m", *command)
         table.add_row(name, f"{seconds:.0f}", f"{memory:.2f}", f"{memory / size:.2f}")
     console = Console()
-    console.print(f"checkpoint: {size:.2f} GB in {len(list(came.glob('*.safetensors')))} files")
+    console.print(f"checkpoint: {size:.2f} GB in {len(list(original.glob('*.safetensors')))} files")
     console.print(table)
-    console.print(f"{bitwise(came, went)} weights, bit by bit the same")
-    console.print(f"worst cosine with transformers over {len(TEXTS)} texts: {worst_cosine(orbax, stock):.7f}")
+    console.print(f"{compare_bitwise(original, exported)} weights are bitwise equal")
+    console.print(f"smallest cosine with transformers over {len(TEXTS)} texts: {smallest_cosine(orbax, stock):.7f}")
 
 
 if __name__ == "__main__":

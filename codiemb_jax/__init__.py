@@ -1,4 +1,4 @@
-"""CoDiEmb in JAX: fine-tunes one text encoder for retrieval and semantic similarity at once."""
+"""CoDiEmb in JAX: fine-tunes one text encoder for both retrieval and semantic similarity."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ __all__ = ["Embedder", "UserError", "__version__", "load_settings"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: a program's help and an interrupt in its first moment should not wait for JAX.
+    # Imported lazily, so that `--help` and an early Ctrl-C do not wait for JAX.
     if name == "Embedder":
         from codiemb_jax.embedder import Embedder
 

@@ -1,8 +1,8 @@
-"""What a batch is: rows of tokens, and where each text lies."""
+"""Batch layout: rows of tokens, and the texts and examples in them."""
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-if TYPE_CHECKING:  # settings import this module, and a program's help should not wait for JAX
+if TYPE_CHECKING:  # `config` imports this module, and `--help` should not wait for JAX
     import jax
     import numpy as np
 
@@ -12,37 +12,37 @@ Task: TypeAlias = Literal["ir", "sts"]
 TASKS: tuple[Task, ...] = ("ir", "sts")
 
 StepTask: TypeAlias = Literal["ir", "sts", "mixed"]
-"""What a step trains; `mixed`: each device one task, devices different ones (an ablation)."""
+"""Task of a step. In a `mixed` step (an ablation), each device trains a single task."""
 
 
 class TokenRows(NamedTuple):
-    """Texts laid out in rows, several per row if they fit; every field is int32 [rows, row_length]."""
+    """Texts laid out in rows, one or several per row. Every field is int32 [rows, row_length]."""
 
     tokens: Array
-    """Token ids; 0 where there is no token."""
+    """Token ids; 0 for padding."""
     positions: Array
-    """Position of a token in its text, from 0."""
+    """Position of each token in its text, from 0."""
     segment_ids: Array
-    """Which text of its row a token belongs to, from 1; 0 is padding."""
+    """Index of each token's text within the row, from 1; 0 for padding."""
     pooling_mask: Array
-    """1 where a token counts towards its text's vector, else 0."""
+    """1 for tokens that are pooled into the text's embedding, else 0."""
 
 
 class Batch(NamedTuple):
-    """A step's texts, and the examples that they make up.
+    """The texts of a step, grouped into examples.
 
-    The leading axis of every array is split over the devices that hold different rows.  `queries` and `passages` are
-    device-local: they index the vectors of their own device, [rows * slots, dim] in row order.  IR: a query, its
-    positives, then its negatives.  STS: both texts of a pair, as a query with one passage.
+    The leading axis of every array is split over the devices with different rows. `queries` and `passages` are
+    device-local: they index the embeddings of their own device, [rows * slots, dim] in row order. An IR example is a
+    query with its positives followed by its negatives. An STS example is a pair, as a query with one passage.
     """
 
     rows: TokenRows
     """[rows, row_length]"""
     text_ids: Array
-    """int32 [rows, slots]: number of each text within the global batch, from which its dropout is drawn; -1: empty"""
+    """int32 [rows, slots]: index of each text within the global batch, which seeds its dropout; -1 for empty slots"""
     queries: Array
     """int32 [examples]"""
     passages: Array
-    """int32 [examples, passages]; -1: the example has no such passage"""
+    """int32 [examples, passages]; -1 for padding"""
     scores: Array
-    """float32 [examples]; NaN: the example has no score (IR)"""
+    """float32 [examples]; NaN for IR"""

@@ -1,4 +1,4 @@
-"""The console command `codiemb`: every program is one of its subcommands."""
+"""The console command `codiemb`, with one subcommand per program."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a subcommand.
 
     Raises:
-      UserError: If there is no such subcommand, or its arguments are invalid.
+      UserError: If the subcommand is unknown or its arguments are invalid.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser("codiemb", "Fine-tunes text-embedding models in JAX.")
@@ -32,5 +32,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run() -> None:
-    """The entry point of the installed command."""
+    """Entry point of the installed command."""
     run_program(main)

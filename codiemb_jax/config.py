@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, documented, validated.  Unknown keys are errors."""
+"""All settings of a run, with types, descriptions and validation. Unknown keys are errors."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -9,69 +9,69 @@ from codiemb_jax.batch import Task
 from codiemb_jax.errors import shorten
 
 MAX_INT = 2**31 - 1
-"""Steps, sizes and token ids are int32."""
+"""Step numbers, sizes and token ids are int32."""
 
 
-def _text(value: Any) -> Any:
+def _check_unicode(value: Any) -> Any:
     if isinstance(value, str):
         if "\0" in value:
-            raise ValueError("must not hold a NUL character")
+            raise ValueError("must not contain a NUL character")
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError("must be valid Unicode, without lone surrogates") from error
+            raise ValueError("must be valid Unicode, without unpaired surrogates") from error
     return value
 
 
-def _float32(value: float) -> float:
-    # Steps compute in float32, and with squares: nobody means a number that is 0, 1 or infinite there.
+def _check_float32(value: float) -> float:
+    # Steps compute in float32 and square some values. Numbers that become 0, 1 or infinite there are mistakes.
     if value and not 1e-30 <= abs(value) <= 1e15:
-        raise ValueError("must be 0 or between 1e-30 and 1e15 in size")
+        raise ValueError("must be 0 or have an absolute value between 1e-30 and 1e15")
     if 1 - 1e-7 < value < 1:
-        raise ValueError("is 1 in float32; the nearest number below is 0.9999999")
+        raise ValueError("rounds to 1 in float32; use at most 0.9999999")
     return value
 
 
 PACKAGE_SCHEME = "package://"
-"""Prefix of paths to files that are installed with this package, such as the quickstart's data."""
+"""Prefix of paths to files that are installed with this package, such as the quickstart data."""
 
 
-def _path(value: Any) -> Path:
+def _parse_path(value: Any) -> Path:
     if isinstance(value, Path):
         return value
     if not isinstance(value, str) or not value:
-        raise ValueError("a path must be a text that is not empty")
+        raise ValueError("a path must be a non-empty string")
     if value.startswith(PACKAGE_SCHEME):
-        raise ValueError(f"{PACKAGE_SCHEME} is for what the package includes, which is only read")
+        raise ValueError(f"{PACKAGE_SCHEME} is only for input files that are included in the package")
     try:
-        return Path(_text(value)).expanduser()
+        return Path(_check_unicode(value)).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"there is no home directory for {shorten(value.split('/')[0])}") from error
+        raise ValueError(f"no home directory for {shorten(value.split('/')[0])}") from error
 
 
-def _input_path(value: Any) -> Path:
+def _parse_input_path(value: Any) -> Path:
     if isinstance(value, str) and value.startswith(PACKAGE_SCHEME):
-        return Path(__file__).parent / _text(value).removeprefix(PACKAGE_SCHEME)
-    return _path(value)
+        return Path(__file__).parent / _check_unicode(value).removeprefix(PACKAGE_SCHEME)
+    return _parse_path(value)
 
 
-def _paths(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     if value is None:
-        raise ValueError("expected a list of paths; for no path at all give []")
+        raise ValueError("expected a list of paths; use [] for none")
     return [value] if isinstance(value, str | Path) else value
 
 
-# Strict, because Python takes True for 1; and YAML has numbers of its own, so a text is no number.
+# Strict, because pydantic would convert True to 1 and strings to numbers.
 Positive = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), AfterValidator(_float32)]
-AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(_float32)]
-Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), AfterValidator(_float32)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), AfterValidator(_check_float32)]
+AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(_check_float32)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), AfterValidator(_check_float32)]
 Flag = Annotated[bool, Field(strict=True)]
-OnePath = Annotated[Path, BeforeValidator(_path)]
-InputPath = Annotated[Path, BeforeValidator(_input_path)]
-Paths = Annotated[list[InputPath], BeforeValidator(_paths)]
-PromptText = Annotated[str, Field(strict=True, max_length=10_000), BeforeValidator(_text)]
-"""The limit is generous for a prompt and spares the tokenizer one of megabytes, which it would see with every text."""
+OutputPath = Annotated[Path, BeforeValidator(_parse_path)]
+InputPath = Annotated[Path, BeforeValidator(_parse_input_path)]
+Paths = Annotated[list[InputPath], BeforeValidator(_as_list)]
+PromptText = Annotated[str, Field(strict=True, max_length=10_000), BeforeValidator(_check_unicode)]
+"""The limit is generous. It keeps megabytes of text by mistake from being tokenized with every example."""
 
 
 class Section(BaseModel):
@@ -79,102 +79,104 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    path: Annotated[str, BeforeValidator(lambda path: str(_input_path(path)))]
-    """Folder in Hugging Face format, an Orbax checkpoint of this project, or a hub id."""
+    path: Annotated[str, BeforeValidator(lambda path: str(_parse_input_path(path)))]
+    """Hugging Face folder, Orbax checkpoint of this project, or hub id."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """Whether a token sees its whole text or only what stands before it."""
+    """Whether a token attends to its whole text or only to itself and the tokens before it."""
     pooling: Literal["mean", "weighted_mean", "cls", "last_token"] = "mean"
-    """How a text's tokens become one vector.  The means leave the prompt out; weighted_mean weighs the content's tokens
-    1, 2, 3 …; cls and last_token take the first or last of all tokens."""
+    """How the tokens of a text are pooled into one embedding. mean and weighted_mean exclude the prompt unless
+    prompt.include_in_pooling is set; weighted_mean weights the tokens 1, 2, 3 …; cls and last_token use the first or
+    last token."""
     normalize: Flag = True
-    """L2-normalize embeddings.  The objectives compare directions either way."""
+    """L2-normalize the embeddings. The objectives use normalized embeddings in either case."""
     projection_dim: Annotated[int, Field(strict=True, gt=0, le=65536)] | None = None
-    """Dimension of a learned linear layer on the vectors; null: none."""
+    """Output dimension of a learned linear layer on the embeddings; null disables it."""
     dropout: Fraction | None = None
-    """Dropout in training, for all of the model's dropouts; null: each as config.json says."""
+    """Dropout rate for all dropout layers during training; null uses the rates in config.json."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and matrix products.  On a CPU the default is float32."""
+    """dtype of activations and matrix products. On a CPU the default is float32."""
     param_dtype: Literal["bfloat16", "float32"] = "float32"
-    """Type of the master weights and of the optimizer's moments."""
+    """dtype of the master weights and of the optimizer's moments."""
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass computes again: nothing, all but the matrix products, or all of a layer."""
+    """What the backward pass recomputes: nothing, everything except matrix products, or whole layers."""
 
 
 class PromptSettings(Section):
     begin: PromptText = ""
-    """Literal special tokens before every text; none are added otherwise."""
+    """Literal special tokens before every text. No others are added."""
     query: PromptText = "Instruction: {instruction} Query: "
-    """Before a query with an instruction; left out when the example has none."""
+    """Prompt of queries with an instruction. Queries without an instruction have no prompt."""
     passage: PromptText = ""
-    """Before an IR passage."""
+    """Prompt of IR passages."""
     end: PromptText = ""
-    """Literal special tokens after every text; truncation keeps them."""
+    """Literal special tokens after every text. Truncation keeps them."""
     default_instruction: PromptText = "Given a search query, retrieve passages that answer the question"
-    """Instruction of the exported query prompt."""
+    """Instruction in the exported query prompt."""
     include_in_pooling: Flag = False
-    """Whether means also cover `begin` and the prompt, as in most published folders (`include_prompt`)."""
+    """Include `begin` and the prompt in mean and weighted_mean pooling, as most published models do."""
 
     @model_validator(mode="after")
-    def _placeholder(self) -> "PromptSettings":
+    def _check_placeholder(self) -> "PromptSettings":
         if self.query and self.query.count("{instruction}") != 1:
-            raise ValueError("query must hold the placeholder {instruction} exactly once")
+            raise ValueError("query must contain the placeholder {instruction} exactly once")
         return self
 
 
 class DataSettings(Section):
     ir: Paths = []
-    """Retrieval data: .json/.jsonl files or folders of them; each file is one data set."""
+    """Retrieval data: .json or .jsonl files, or folders of such files. Each file is one dataset."""
     sts: Paths = []
-    """Similarity data, likewise."""
+    """Similarity data, in the same form."""
     sampler: Literal["dynamic", "single", "mixed"] = "dynamic"
-    """dynamic: each task has its own batch size; single: one batch size for both; mixed: likewise, but each device
-    takes its part of a step from a data set of its own and compares only what it holds (an ablation)."""
+    """dynamic: each task has its own batch size. single: both tasks have the same batch size. mixed: the same batch
+    size, and each device draws its examples from a single dataset and compares only its own (an ablation)."""
     max_examples: Positive | None = None
-    """Examples used of each data set, a random choice by seed and the data set's name; null: all."""
+    """Number of examples used from each dataset, chosen at random by the seed and the dataset's name; null uses all."""
     ir_share: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
-    """Share of retrieval steps, kept at every step count; null: as the batches of the data sets fall.  An epoch has as
-    many steps either way: one task's data are then seen more often, the other's less."""
+    """Share of retrieval steps at any point of the run; null gives each task the share of its batches. The number of
+    steps per epoch does not change, so one task's data are used more often and the other's less often."""
     ir_global_batch_size: Positive = 224
-    """Queries in a retrieval step, over all devices."""
+    """Number of queries per retrieval step, over all devices."""
     sts_global_batch_size: Positive = 256
-    """Pairs in a similarity step, over all devices."""
+    """Number of pairs per similarity step, over all devices."""
     positives_per_query: Annotated[int, Field(strict=True, gt=0, le=1024)] = 2
-    """Positives drawn for each query."""
+    """Number of positives drawn for each query."""
     negatives_per_query: Annotated[int, Field(strict=True, ge=0, le=1024)] = 4
-    """Hard negatives drawn for each query."""
+    """Number of hard negatives drawn for each query."""
     query_max_tokens: Positive = 1024
-    """Longest query in tokens, prompt and special tokens included."""
+    """Maximum number of tokens of a query, including its prompt and special tokens."""
     passage_max_tokens: Positive = 1024
-    """Longest passage, likewise."""
+    """Maximum number of tokens of a passage, including its prompt and special tokens."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "DataSettings":
+    def _check_consistency(self) -> "DataSettings":
         if not self.ir and not self.sts:
-            raise ValueError("give at least one path under data.ir or data.sts")
-        alike = self.ir_global_batch_size == self.sts_global_batch_size
-        if self.sampler != "dynamic" and self.ir and self.sts and not alike:
+            raise ValueError("give at least one path in data.ir or data.sts")
+        same_size = self.ir_global_batch_size == self.sts_global_batch_size
+        if self.sampler != "dynamic" and self.ir and self.sts and not same_size:
             raise ValueError(
-                f"sampler: {self.sampler} has one batch size: set ir_global_batch_size and sts_global_batch_size alike"
+                f"sampler: {self.sampler} requires one batch size: set ir_global_batch_size and sts_global_batch_size "
+                "to the same value"
             )
         if self.ir_share is not None and not (self.ir and self.sts):
-            raise ValueError("ir_share needs data of both tasks: give paths under data.ir and data.sts")
+            raise ValueError("ir_share requires data for both tasks: give paths in data.ir and data.sts")
         if self.ir_share is not None and self.sampler == "mixed":
-            raise ValueError("ir_share needs steps of one task each: set sampler to dynamic or single")
+            raise ValueError("ir_share requires steps of a single task: set sampler to dynamic or single")
         return self
 
 
 class ObjectiveSettings(Section):
     ir: Literal["info_nce", "cosent"] = "info_nce"
-    """Objective of retrieval steps; cosent is the paper's baseline."""
+    """Objective of retrieval steps. cosent is a baseline of the paper."""
     sts: Literal["codi", "info_nce", "cosent"] = "codi"
-    """Objective of similarity steps; codi: mid-layer InfoNCE, Pearson, rank KL and PRO, weighted.  The others are the
-    paper's baselines."""
+    """Objective of similarity steps. codi is the weighted sum of mid-layer InfoNCE, Pearson, rank KL and PRO; the
+    others are baselines of the paper."""
     temperature: AboveZero = 0.02
-    """Temperature of InfoNCE, on either layer."""
+    """Temperature of InfoNCE, on both the last and the middle layer."""
     ir_pool_size: Positive | None = None
-    """Queries compared with each other; null: the whole global batch."""
+    """Number of queries in each group that is compared; null compares the whole global batch."""
     sts_list_size: Positive | None = 32
-    """Pairs ranked with each other; null: the whole global batch."""
+    """Number of pairs in each group that is ranked; null ranks the whole global batch."""
     list_temperature: AboveZero = 0.05
     """Temperature of rank KL, PRO and CoSENT."""
     pearson_weight: NonNegative = 2.0
@@ -184,73 +186,73 @@ class ObjectiveSettings(Section):
     pro_weight: NonNegative = 0.5
     """Weight of the PRO loss."""
     mid_info_nce_weight: NonNegative = 1.0
-    """Weight of InfoNCE on the middle layer; 0: off."""
+    """Weight of InfoNCE on the middle layer; 0 disables it."""
     mid_info_nce_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
-    """Pairs with at least this score are positives of InfoNCE in similarity steps."""
+    """Minimum score of the pairs that InfoNCE uses as positives in similarity steps."""
 
 
 class OptimizerSettings(Section):
     learning_rate: NonNegative = 4.0e-5
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape after the warm-up."""
+    """Learning rate schedule after the warmup."""
     warmup_ratio: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.03
-    """Share of all steps (rounded up) over which the rate rises from 0."""
+    """Fraction of all steps, rounded up, over which the learning rate rises linearly from 0."""
     warmup_steps: Annotated[int, Field(strict=True, ge=0, le=MAX_INT)] | None = None
-    """Overrides warmup_ratio."""
+    """Number of warmup steps. Overrides warmup_ratio."""
     epochs: Positive = 4
-    """Passes over the data."""
+    """Number of passes over the data."""
     max_steps: Positive | None = None
-    """Overrides epochs."""
+    """Number of steps. Overrides epochs."""
     weight_decay: NonNegative = 0.0
-    """AdamW's decay of matrices; norms and biases are never decayed."""
+    """AdamW weight decay of the matrices. Norms and biases are never decayed."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's decay rates of the moments."""
+    """AdamW decay rates of the first and second moments."""
     eps: AboveZero = 1.0e-8
-    """AdamW's epsilon."""
+    """AdamW epsilon."""
     clip_norm: AboveZero | None = None
     """Maximum global gradient norm; null disables clipping."""
 
 
 class MeshSettings(Section):
     data: Annotated[int, Field(strict=True, ge=-1, le=MAX_INT)] = -1
-    """Devices that hold different rows and the same weights; -1: all that are left."""
+    """Size of the data-parallel axis, which splits rows and replicates weights; -1 uses all remaining devices."""
     fsdp: Positive = 1
-    """Devices that hold different rows and share one copy of the weights."""
+    """Size of the FSDP axis, which splits rows and shards weights."""
     tensor: Positive = 1
-    """Devices that share the heads and the MLP of each layer."""
+    """Size of the tensor-parallel axis, which splits attention heads and MLPs."""
 
     @model_validator(mode="after")
-    def _data(self) -> "MeshSettings":
+    def _check_data(self) -> "MeshSettings":
         if self.data == 0:
-            raise ValueError("data must be -1 (all devices that are left) or at least 1")
+            raise ValueError("data must be -1 (all remaining devices) or at least 1")
         return self
 
 
 class CheckpointSettings(Section):
     every_steps: Positive | None = None
-    """Save after this many steps."""
+    """Save a checkpoint every this many steps; null disables it."""
     every_epochs: Positive | None = 1
-    """Save after this many epochs."""
+    """Save a checkpoint every this many epochs; null disables it."""
     keep: Positive = 3
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
 
 
 class EvaluationSettings(Section):
     ir: Paths = []
-    """Held-out retrieval data, unified format: nDCG@10 over all its passages."""
+    """Held-out retrieval data in the unified format, scored by nDCG@10 over all passages of a file."""
     sts: Paths = []
-    """Held-out similarity data: Spearman correlation."""
+    """Held-out similarity data in the unified format, scored by Spearman correlation."""
 
 
 class TaskSpec(NamedTuple):
-    """What the settings say about a task, and the names of the settings that say it."""
+    """The settings of one task, and the names of those settings for error messages."""
 
     name: Task
     paths: list[Path]
     global_batch_size: int
     group_size: int | None
-    """Consecutive examples of a batch that are compared with each other; None: all of it."""
+    """Number of consecutive examples that are compared with each other; None means the whole batch."""
     objective: str
     batch_size_setting: str
     group_size_setting: str
@@ -259,10 +261,10 @@ class TaskSpec(NamedTuple):
 class Settings(Section):
     """All settings of a run."""
 
-    output_dir: OnePath
-    """Folder for all of a run's output; must be absent or empty, or hold this very run."""
+    output_dir: OutputPath
+    """Folder for all output of the run. It must be new, empty, or the folder of the same run."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 49
-    """Seed of the data order, of every choice, of dropout and of a new projection."""
+    """Random seed of the data order, the drawn passages, dropout and the initial projection."""
     model: ModelSettings
     prompt: PromptSettings = PromptSettings()
     data: DataSettings
@@ -270,14 +272,14 @@ class Settings(Section):
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     encode_chunks: Positive = 1
-    """Encode a batch in this many chunks: the same gradient at the memory of one chunk."""
+    """Number of chunks in which a batch is encoded. Gradients are the same, with the memory of a single chunk."""
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     export: Flag = True
-    """Write a Hugging Face folder to output_dir/export at the end."""
+    """Export a Hugging Face folder to output_dir/export at the end."""
 
     @model_validator(mode="after")
-    def _groups(self) -> "Settings":
+    def _check_group_sizes(self) -> "Settings":
         for task in self.tasks:
             if task.group_size and task.global_batch_size % task.group_size:
                 raise ValueError(
@@ -288,7 +290,7 @@ class Settings(Section):
 
     @property
     def tasks(self) -> tuple[TaskSpec, ...]:
-        """The tasks that there is data for."""
+        """The tasks with data."""
         data, objective = self.data, self.objective
         ir = TaskSpec(
             name="ir",

@@ -1,4 +1,4 @@
-"""Settings from a YAML file and flags (`--optimizer.learning_rate 1e-5`); flags win over the file."""
+"""Loads settings from a YAML file and flags (`--optimizer.learning_rate 1e-5`). Flags override the file."""
 
 import argparse
 import re
@@ -15,20 +15,20 @@ from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.program import Parser
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
-"""The configurations that this package includes, by name."""
-MERGE = "tag:yaml.org,2002:merge"
-"""Tag of the key `<<`."""
+"""Paths of the configurations in this package, by name."""
+MERGE_TAG = "tag:yaml.org,2002:merge"
+"""YAML tag of the merge key `<<`."""
 MAX_NODES = 10_000
-"""Values that a file may hold once its anchors are expanded: far more than there are settings."""
+"""Maximum number of values in a file after expanding its anchors. There are far fewer settings."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as in YAML 1.2 and JSON; a SafeLoader makes plain values only."""
+    """YAML loader that constructs only plain values and reads 1e-5 as a number, as YAML 1.2 and JSON do."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError) as error:  # `!!bool maybe`, or a number of 5000 digits
+        except (ValueError, LookupError, AttributeError) as error:  # `!!bool maybe`, or an integer of 5000 digits
             kind = node.tag.rpartition(":")[2]
             problem = f"{shorten(repr(node.value))} cannot be read as {kind}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
@@ -42,45 +42,47 @@ _Loader.add_implicit_resolver(
 
 
 def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
-    """Settings from a YAML file and flags (`--section.key VALUE`), which win.
+    """Loads settings from a YAML file, overridden by flags (`--section.key VALUE`).
 
     Raises:
-      UserError: naming file, line and setting of everything that is wrong.
+      UserError: If settings are invalid. Names the file, line and setting of every problem.
     """
-    given = vars(flags_parser().parse_args(flags))
+    flag_texts = vars(flags_parser().parse_args(flags))
     values, node = _read(path)
-    problems = [f"--{name}: given {len(texts)} times" for name, texts in given.items() if _repeated(name, texts)]
+    problems = [
+        f"--{name}: given {len(texts)} times" for name, texts in flag_texts.items() if _is_repeated(name, texts)
+    ]
     if problems:
         raise UserError("invalid settings:\n" + format_problems(problems))
-    for name, texts in given.items():
-        _set(values, name.split("."), _flag_value(name, texts))
+    for name, texts in flag_texts.items():
+        _set_nested(values, name.split("."), _parse_flag(name, texts))
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(problem, node, path, set(given)) for problem in error.errors()]
+        problems = [_format_problem(problem, node, path, set(flag_texts)) for problem in error.errors()]
         raise UserError("invalid settings:\n" + format_problems(problems)) from error
 
 
 def find_config(name: str) -> Path:
-    """The path of a settings file, which can be given as the name of a configuration of this package."""
+    """Returns the path of a settings file, given as a path or as the name of a configuration in this package."""
     return CONFIGS[name] if name in CONFIGS and not Path(name).exists() else Path(name)
 
 
-def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Sets a value in nested dicts, which are copied on the way: anchors let a file use one in several places."""
+def _set_nested(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Sets a value in nested dicts. Copies the inner dicts, because YAML anchors can share them between sections."""
     key, *rest = keys
     if not rest:
         values[key] = value
-    elif isinstance(section := values.get(key, {}), dict):  # else an error of the file's own, reported later
+    elif isinstance(section := values.get(key, {}), dict):  # otherwise the file is invalid, which is reported later
         values[key] = dict(section)
-        _set(values[key], rest, value)
+        _set_nested(values[key], rest, value)
 
 
 def flags_parser() -> argparse.ArgumentParser:
-    """A parser of every setting as a flag."""
+    """Returns a parser with one flag per setting."""
     parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
-    for name, _, description in _settings(Settings):
+    for name, _, description in _all_settings(Settings):
         section = name.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "the run")
@@ -89,55 +91,55 @@ def flags_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Name, type and description of every setting."""
+def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yields the name, type and description of every setting."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _settings(field.annotation, f"{prefix}{name}.")
+            yield from _all_settings(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field.annotation, field.description or ""
 
 
-def _types(annotation: Any) -> Iterator[Any]:
-    """The plain types that an annotation is made of; of a literal, those of its values."""
+def _plain_types(annotation: Any) -> Iterator[Any]:
+    """Yields the plain types in an annotation. A Literal has the types of its values."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         yield from map(type, arguments)
     elif origin is Annotated:
-        yield from _types(arguments[0])
+        yield from _plain_types(arguments[0])
     elif arguments:
         yield origin
         for argument in arguments:
-            yield from _types(argument)
+            yield from _plain_types(argument)
     else:
         yield annotation
 
 
-TYPES = {name: set(_types(annotation)) for name, annotation, _ in _settings(Settings)}
+TYPES = {name: set(_plain_types(annotation)) for name, annotation, _ in _all_settings(Settings)}
 
 
-def _repeated(name: str, texts: list[str]) -> bool:
+def _is_repeated(name: str, texts: list[str]) -> bool:
     return len(texts) > 1 and list not in TYPES[name]
 
 
-def _flag_value(name: str, texts: list[str]) -> Any:
-    """What one setting's flags say: a text as it is, all else as YAML; of a list, items between commas."""
+def _parse_flag(name: str, texts: list[str]) -> Any:
+    """Parses the values of a flag: strings verbatim, lists as comma-separated items, everything else as YAML."""
     types, text = TYPES[name], texts[0]
     if list in types:
-        return None if texts == ["null"] else [item for text in texts for item in _items(text)]
+        return None if texts == ["null"] else [item for text in texts for item in _parse_items(text)]
     if text == "null" and type(None) in types:
         return None
     if str in types or Path in types:
         return text
-    return _value(f"[{text}]" if tuple in types and not text.startswith("[") else text)
+    return _parse_yaml(f"[{text}]" if tuple in types and not text.startswith("[") else text)
 
 
-def _items(text: str) -> list[Any]:
-    found = _value(text) if text.startswith("[") else None
-    return found if isinstance(found, list) else text.split(",")
+def _parse_items(text: str) -> list[Any]:
+    parsed = _parse_yaml(text) if text.startswith("[") else None
+    return parsed if isinstance(parsed, list) else text.split(",")
 
 
-def _value(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError):
@@ -145,12 +147,12 @@ def _value(text: str) -> Any:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], yaml.Node]:
-    """The file's values, and where each is."""
+    """Reads the values of a file, and its YAML nodes with line numbers."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         loader.name = str(path)
         root = loader.get_single_node()
-        problems = [f"{path}:{line}: {problem}" for line, problem in sorted(_malformed(root))] if root else []
+        problems = [f"{path}:{line}: {problem}" for line, problem in sorted(_check_nodes(root))] if root else []
         if problems:
             raise UserError("invalid settings:\n" + format_problems(problems))
         values = loader.construct_document(root) if root else None
@@ -165,80 +167,80 @@ def _read(path: Path) -> tuple[dict[str, Any], yaml.Node]:
     return values, root
 
 
-def _malformed(root: yaml.Node) -> Iterator[tuple[int, str]]:
-    """Line and problem of what YAML allows and settings do not: duplicate keys, of which it would take the last, keys
-    that cannot be names, and anchors that contain themselves or expand without end.
+def _check_nodes(root: yaml.Node) -> Iterator[tuple[int, str]]:
+    """Yields line and problem of everything that YAML allows but settings do not, and converts all keys to strings.
 
-    Keys that YAML takes for numbers and the like become text on the way.
+    The problems are duplicate keys (YAML uses the last one), keys that cannot be names, and anchors that contain
+    themselves or expand to a huge number of values.
     """
     count = 0
-    waiting: deque[tuple[str, yaml.Node, tuple[int, ...]]] = deque([("", root, ())])
-    while waiting:
-        name, node, above = waiting.popleft()
+    queue: deque[tuple[str, yaml.Node, tuple[int, ...]]] = deque([("", root, ())])
+    while queue:
+        name, node, ancestors = queue.popleft()
         line = node.start_mark.line + 1
         count += 1
-        if id(node) in above:
-            yield line, f"{_name(name)}: the anchor contains itself"
+        if id(node) in ancestors:
+            yield line, f"{_shorten_name(name)}: the anchor contains itself"
             continue
         if count > MAX_NODES:
-            yield line, f"{_name(name)}: more than {MAX_NODES} values once anchors are expanded"
+            yield line, f"{_shorten_name(name)}: more than {MAX_NODES} values after expanding anchors"
             return
-        inner = (*above, id(node))
+        path = (*ancestors, id(node))
         prefix = f"{name}." if name else ""
         if isinstance(node, yaml.SequenceNode):
-            waiting += [(f"{prefix}{number}", item, inner) for number, item in enumerate(node.value)]
+            queue += [(f"{prefix}{i}", item, path) for i, item in enumerate(node.value)]
         elif isinstance(node, yaml.MappingNode):
             seen = set()
-            for place, (key, value) in enumerate(node.value):
+            for i, (key, value) in enumerate(node.value):
                 line = key.start_mark.line + 1
                 if not (isinstance(key, yaml.ScalarNode) and key.value and key.value.isprintable()):
-                    where = f"{_name(name)}: " if name else ""
-                    yield line, f"{where}a key must be the name of a setting"
+                    section = f"{_shorten_name(name)}: " if name else ""
+                    yield line, f"{section}a key must be the name of a setting"
                     continue
                 if key.value in seen:
-                    yield line, f"{_name(prefix + key.value)}: duplicate key"
+                    yield line, f"{_shorten_name(prefix + key.value)}: duplicate key"
                 seen.add(key.value)
-                if key.tag != MERGE:
+                if key.tag != MERGE_TAG:
                     text = yaml.ScalarNode("tag:yaml.org,2002:str", key.value, key.start_mark, key.end_mark)
-                    node.value[place] = (text, value)
-                waiting.append((prefix + key.value, value, inner))
+                    node.value[i] = (text, value)
+                queue.append((prefix + key.value, value, path))
 
 
-def _name(name: str) -> str:
+def _shorten_name(name: str) -> str:
     return shorten(name, 100)
 
 
-def _problem(problem: Any, node: yaml.Node, path: Path, flags: set[str]) -> str:
-    """One invalid setting: where it is, what is wrong, what was found."""
+def _format_problem(problem: Any, node: yaml.Node, path: Path, flags: set[str]) -> str:
+    """Formats a pydantic error as `FILE:LINE: setting: problem, found value`, or `--setting: …` for flags."""
     field = ".".join(str(part) for part in problem["loc"])
-    line = _line(node, problem["loc"])
+    line = _find_line(node, problem["loc"])
     is_flag = any(field == flag or field.startswith(flag + ".") for flag in flags)
-    place = "--" if is_flag else f"{path}:{line}: " if line else ""
+    location = "--" if is_flag else f"{path}:{line}: " if line else ""
     if problem["type"] == "extra_forbidden":
-        return f"{place}{_name(field)}: unknown setting"
+        return f"{location}{_shorten_name(field)}: unknown setting"
     if problem["type"] == "missing":
-        return f"{place or f'{path}: '}{field}: is missing"
+        return f"{location or f'{path}: '}{field}: is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict | BaseModel) else f", found {_found(problem['input'])}"
-    return f"{place}{field + ': ' if field else ''}{message}{given}"
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {_format_value(problem['input'])}"
+    return f"{location}{field + ': ' if field else ''}{message}{found}"
 
 
-def _found(value: Any) -> str:
+def _format_value(value: Any) -> str:
     try:
         return shorten(repr(value))
-    except ValueError:  # Python writes no integers of thousands of digits
+    except ValueError:  # repr() rejects integers with thousands of digits
         return "a huge number"
 
 
-def _line(node: yaml.Node, location: Sequence[Any]) -> int | None:
-    """The line of a setting in the file, from 1; None if the file does not have it."""
+def _find_line(node: yaml.Node, location: Sequence[Any]) -> int | None:
+    """Returns the line of a setting in the file, from 1, or None if the file does not contain it."""
     line = None
     for part in location:
         if isinstance(node, yaml.MappingNode):
             found = [(key, value) for key, value in node.value if key.value == str(part)]
             if not found:
                 return None
-            key, node = found[-1]  # what a merge key (`<<`) brings stands before the mapping's own
+            key, node = found[-1]  # keys from a merge (`<<`) come first, and the mapping's own keys override them
             line = key.start_mark.line + 1
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]

@@ -1,4 +1,4 @@
-"""Texts -> vectors."""
+"""Encodes texts with a trained or published model."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -14,23 +14,23 @@ from rich.progress import track
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.checkpoints.blueprint import Blueprint
-from codiemb_jax.checkpoints.model import locate, open_as_stored, open_folder
+from codiemb_jax.checkpoints.model import open_folder, open_with_stored_settings, resolve_model_path
 from codiemb_jax.config import MeshSettings
 from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.files import is_unicode
 from codiemb_jax.models.embed import embed
-from codiemb_jax.models.pooling import unit
+from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh, replicated, row_sharding, row_shards
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.rows import pad, padded_length
 from codiemb_jax.text.sentence import SentencePrompts, SentenceTokenizer
 
-AS_SENTENCE_TRANSFORMERS = {"pooling": "mean", "normalize": False}
-"""How sentence-transformers encodes with a folder that holds a transformer alone."""
+PLAIN_TRANSFORMER_SETTINGS = {"pooling": "mean", "normalize": False}
+"""Defaults of sentence-transformers for a folder that contains only a transformer."""
 
 
 class TextTokenizer(Protocol):
-    """Makes tokens of texts, each after a prompt."""
+    """Tokenizes texts with a prompt."""
 
     @property
     def prompts(self) -> dict[str, str]: ...
@@ -42,28 +42,35 @@ class TextTokenizer(Protocol):
 
 
 class Embedder:
-    """Encodes texts on all devices, with the prompts, pooling and lengths that the model's folder names.
+    """Encodes texts on all devices, with the prompts, pooling and maximum length stored with the model.
 
         model = Embedder.from_pretrained("runs/mine/export")
         queries = model.encode_query(["how do I reset my password"])
         documents = model.encode_document(["Choose Forgot password on the sign-in page."])
         model.similarity(queries, documents)
 
-    Names and arguments are those of sentence-transformers' `SentenceTransformer`.
+    Methods and arguments follow `SentenceTransformer` of sentence-transformers.
     """
 
     def __init__(self, graph: Any, params: Any, blueprint: Blueprint, mesh: jax.sharding.Mesh):
-        """`params` are those of the model with this graph and blueprint, placed on the mesh; see `from_pretrained`."""
+        """Creates an embedder from an open model. Use `from_pretrained` to load one.
+
+        Args:
+          graph: NNX graph definition of the model.
+          params: Parameters on the mesh; None if `with_params` sets them later.
+          blueprint: Blueprint of the model.
+          mesh: The device mesh.
+        """
         self._params, self._mesh = params, mesh
         self._max_tokens = blueprint.max_tokens
-        self._tokenizer = text_tokenizer(blueprint)
+        self._tokenizer = make_tokenizer(blueprint)
         normalize = blueprint.encoding["normalize"]
 
-        def vectors(params: Any, rows: TokenRows) -> jax.Array:
-            found = embed(nnx.merge(graph, params), rows)
-            return unit(found) if normalize else found
+        def embed_rows(params: Any, rows: TokenRows) -> jax.Array:
+            embeddings = embed(nnx.merge(graph, params), rows)
+            return l2_normalize(embeddings) if normalize else embeddings
 
-        self._embed = jax.jit(vectors, out_shardings=replicated(mesh))
+        self._embed = jax.jit(embed_rows, out_shardings=replicated(mesh))
 
     @classmethod
     def from_pretrained(
@@ -73,40 +80,44 @@ class Embedder:
         dtype: Literal["float32", "bfloat16"] = "float32",
         mesh: MeshSettings | None = None,
     ) -> "Embedder":
-        """Loads a Hugging Face folder, a hub id, an Orbax checkpoint of this project, or the export in a run's folder.
+        """Loads a model.
 
-        A Hugging Face folder is read as sentence-transformers reads it.  A checkpoint encodes as in training, which
-        tells prompt from text by characters.
+        A Hugging Face folder encodes exactly as in sentence-transformers. A checkpoint encodes exactly as in training,
+        where the boundary between prompt and text is found by character offsets.
 
         Args:
-          dtype: of weights and computation.
-          mesh: how devices are used; by default each has all weights and its share of the texts.
+          path: A Hugging Face folder, a hub id, an Orbax checkpoint of this project, or the folder of a run with an
+            export.
+          dtype: The dtype of weights and computation.
+          mesh: The device mesh. By default, weights are replicated on all devices and texts are split over them.
 
         Raises:
-          UserError: the folder cannot be used.
+          UserError: If the model cannot be used.
         """
-        folder = open_folder(locate(str(path)))
-        devices = make_mesh(mesh or MeshSettings())
-        otherwise = {} if folder.text else AS_SENTENCE_TRANSFORMERS
+        folder = open_folder(resolve_model_path(str(path)))
+        device_mesh = make_mesh(mesh or MeshSettings())
+        defaults = {} if folder.text else PLAIN_TRANSFORMER_SETTINGS
         if folder.text is None and folder.family.causal:
-            otherwise = {**otherwise, "attention": "causal"}
-        model = open_as_stored(folder, devices, SentencePrompts(), compute_dtype=dtype, param_dtype=dtype, **otherwise)
+            defaults = {**defaults, "attention": "causal"}
+        model = open_with_stored_settings(
+            folder, device_mesh, SentencePrompts(), compute_dtype=dtype, param_dtype=dtype, **defaults
+        )
         text = model.blueprint.sentence
         if text and not text.include_prompt and model.blueprint.encoding["pooling"] in ("cls", "weighted_mean"):
             raise UserError(
                 f"{path}: pooling {model.blueprint.encoding['pooling']} without the prompt (include_prompt: false) is "
-                "not supported; supported is the mean"
+                "not supported; use mean pooling"
             )
-        with jax.set_mesh(devices):
-            return cls(model.graph, model.load(), model.blueprint, devices)
+        with jax.set_mesh(device_mesh):
+            return cls(model.graph, model.load(), model.blueprint, device_mesh)
 
     @property
     def max_seq_length(self) -> int:
-        """Longest text in tokens; what exceeds it is cut off."""
+        """Maximum number of tokens per text. Longer texts are truncated."""
         return self._max_tokens
 
     def with_params(self, params: Any) -> "Embedder":
-        """The same model with these parameters; nothing is compiled again."""
+        """Returns the same model with other parameters, without recompiling."""
         other = copy(self)
         other._params = params
         return other
@@ -130,17 +141,27 @@ class Embedder:
         *,
         instruction: str | None = None,
     ) -> np.ndarray:
-        """Vectors of queries, float32 [texts, dim]; of a single text, [dim].
+        """Encodes queries, by default with the model's query prompt.
 
         Args:
-          prompt_name, prompt: as for `encode`; by default the model's query prompt.
-          instruction: task instruction to put into the query prompt of a checkpoint.
+          inputs: One text or several.
+          prompt_name: See `encode`.
+          prompt: See `encode`.
+          batch_size: See `encode`.
+          show_progress_bar: See `encode`.
+          instruction: Task instruction to insert into the query prompt. Only for checkpoints.
+
+        Returns:
+          Embeddings, float32 [texts, dim], or [dim] for a single text.
+
+        Raises:
+          UserError: See `encode`.
         """
         if instruction is not None:
             if prompt is not None or prompt_name is not None:
-                raise UserError("give an instruction, or a prompt, not both")
+                raise UserError("give an instruction or a prompt, not both")
             if not isinstance(self._tokenizer, PromptTokenizer):
-                raise UserError("this model's prompts have no place for an instruction; give the prompt itself")
+                raise UserError("this model's prompts have no placeholder for an instruction; give the whole prompt")
             prompt = self._tokenizer.query_prompt(instruction)
         if prompt is None and prompt_name is None and "query" in self.prompts:
             prompt_name = "query"
@@ -154,7 +175,21 @@ class Embedder:
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
     ) -> np.ndarray:
-        """Vectors of documents, float32 [texts, dim]; of a single text, [dim]."""
+        """Encodes documents, by default with the model's document prompt.
+
+        Args:
+          inputs: One text or several.
+          prompt_name: See `encode`.
+          prompt: See `encode`.
+          batch_size: See `encode`.
+          show_progress_bar: See `encode`.
+
+        Returns:
+          Embeddings, float32 [texts, dim], or [dim] for a single text.
+
+        Raises:
+          UserError: See `encode`.
+        """
         if prompt is None and prompt_name is None:
             prompt_name = next((name for name in ("document", "passage", "corpus") if name in self.prompts), None)
         return self.encode(inputs, prompt_name, prompt, batch_size, show_progress_bar)
@@ -167,29 +202,34 @@ class Embedder:
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
     ) -> np.ndarray:
-        """Vectors of texts, float32 [texts, dim]; of a single text, [dim].
+        """Encodes texts.
 
         Args:
-          prompt_name: which of `prompts` to put before each text; None: the model's default, if it has one.
-          prompt: what to put before each text instead.
-          batch_size: texts encoded at once, rounded up to a multiple of the devices.
-          show_progress_bar: None: if stderr is a terminal and there is more than one batch.
+          inputs: One text or several.
+          prompt_name: Name of a prompt in `prompts` to put before each text. None means the model's default prompt, if
+            it has one.
+          prompt: Prompt to put before each text. Overrides `prompt_name`.
+          batch_size: Number of texts per batch, rounded up to a multiple of the number of devices.
+          show_progress_bar: Whether to show a progress bar. None shows it on a terminal if there are several batches.
+
+        Returns:
+          Embeddings, float32 [texts, dim], or [dim] for a single text.
 
         Raises:
-          UserError: there is no such prompt, or (with a checkpoint) a text of which no token is left.
+          UserError: If an argument is invalid or, for checkpoints, if a text has no token after the prompt.
         """
         if not isinstance(inputs, str | Sequence):
-            raise UserError(f"expected a text or a list of texts, found {type(inputs).__name__}")
+            raise UserError(f"expected a string or a list of strings, found {type(inputs).__name__}")
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         for text in (*texts, *(part for part in (prompt, prompt_name) if part is not None)):
             if not isinstance(text, str):
-                raise UserError(f"expected texts, found {type(text).__name__}")
+                raise UserError(f"expected a string, found {type(text).__name__}")
             if not is_unicode(text):
                 raise UserError(f"{shorten(ascii(text))} is not valid Unicode")
         if prompt is None:
             name = prompt_name if prompt_name is not None else self._tokenizer.default_prompt_name
             if name is not None and name not in self.prompts:
-                raise UserError(f"there is no prompt {name!r}; prompts are {', '.join(self.prompts)}")
+                raise UserError(f"unknown prompt {name!r}; available prompts: {', '.join(self.prompts)}")
             prompt = "" if name is None else self.prompts[name]
         tokens = self._tokenizer.tokenize(texts, prompt, self.max_seq_length)
         vectors = self.embed_tokens(tokens, batch_size, show_progress_bar)
@@ -198,43 +238,43 @@ class Embedder:
     def embed_tokens(
         self, texts: Sequence[Tokens], batch_size: int = 32, show_progress_bar: bool | None = None
     ) -> np.ndarray:
-        """Vectors of tokenized texts, float32 [texts, dim]."""
+        """Encodes tokenized texts, float32 [texts, dim]; see `encode`."""
         if type(batch_size) is not int or batch_size < 1:
-            raise UserError(f"batch_size: expected a whole number of at least 1, found {batch_size!r}")
+            raise UserError(f"batch_size: expected a positive integer, found {batch_size!r}")
         shards = row_shards(self._mesh)
         count = -(-batch_size // shards) * shards
-        order = sorted(range(len(texts)), key=lambda i: texts[i].ids.size)  # neighbours share a row length
+        order = sorted(range(len(texts)), key=lambda i: texts[i].ids.size)  # less padding, fewer shapes
         vectors: list[np.ndarray] = [np.empty(0, np.float32)] * len(texts)
         starts = range(0, len(order), count)
         console = Console(stderr=True)
-        shown = console.is_terminal and len(starts) > 1 if show_progress_bar is None else show_progress_bar
-        for start in track(starts, "encoding", console=console, disable=not shown, transient=True):
-            chosen = order[start : start + count]
-            length = padded_length(texts[chosen[-1]].ids.size, self.max_seq_length)
-            # The last batch is filled up with empty rows, so that it has the shape of the others.
-            rows = pad([texts[i] for i in chosen] + [None] * (count - len(chosen)), length)
+        show = console.is_terminal and len(starts) > 1 if show_progress_bar is None else show_progress_bar
+        for start in track(starts, "encoding", console=console, disable=not show, transient=True):
+            indices = order[start : start + count]
+            length = padded_length(texts[indices[-1]].ids.size, self.max_seq_length)
+            # Empty rows pad the last batch to the shape of the others.
+            rows = pad([texts[i] for i in indices] + [None] * (count - len(indices)), length)
             with jax.set_mesh(self._mesh):
                 place = partial(jax.device_put, device=row_sharding(self._mesh))
                 batch = np.asarray(self._embed(self._params, jax.tree.map(place, rows)))
-            for i, vector in zip(chosen, batch, strict=False):
+            for i, vector in zip(indices, batch, strict=False):
                 vectors[i] = vector
         return np.stack(vectors) if vectors else np.empty((0, self.get_embedding_dimension()), np.float32)
 
     def get_embedding_dimension(self) -> int:
-        """Number of dimensions of a vector."""
-        table = self._params["projection"]["kernel"] if "projection" in self._params else self._params["embedding"]
-        return table.shape[-1]
+        """Returns the dimension of the embeddings."""
+        matrix = self._params["projection"]["kernel"] if "projection" in self._params else self._params["embedding"]
+        return matrix.shape[-1]
 
     @staticmethod
-    def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Cosine of each vector of one array with each of the other, float32 [one, other]."""
-        one, other = np.atleast_2d(one), np.atleast_2d(other)
-        directions = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (one, other)]
-        return directions[0] @ directions[1].T
+    def similarity(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
+        """Returns the cosine similarities of all pairs of embeddings, float32 [embeddings1, embeddings2]."""
+        arrays = [np.atleast_2d(embeddings) for embeddings in (embeddings1, embeddings2)]
+        first, second = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in arrays)
+        return first @ second.T
 
 
-def text_tokenizer(blueprint: Blueprint) -> PromptTokenizer | SentenceTokenizer:
-    """Makes tokens of texts as a model's blueprint says."""
+def make_tokenizer(blueprint: Blueprint) -> PromptTokenizer | SentenceTokenizer:
+    """Creates the tokenizer that a model's blueprint describes."""
     if blueprint.prompt is not None:
         return PromptTokenizer(blueprint.tokenizer(), blueprint.prompt)
     assert blueprint.sentence is not None

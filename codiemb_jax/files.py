@@ -12,10 +12,10 @@ from codiemb_jax.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file under another name, which nothing else has, then renames it."""
+    """Writes a text file under a unique temporary name and renames it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:  # never through a link that is there already
+        with temporary.open("x", encoding="utf-8") as file:  # "x" never follows an existing link
             file.write(text)
         temporary.replace(path)
     finally:
@@ -23,13 +23,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, kind: type[dict] | type[list]) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file whose top level is an object (`kind` dict) or a list.
 
     Raises:
-      UserError: it cannot be read, or is not an object (`kind` dict) or a list.
+      UserError: If the file cannot be read, or its top level is of another type.
     """
     try:
-        if path.exists() and not path.is_file():  # a named pipe would never end
+        if path.exists() and not path.is_file():  # reading a named pipe would block
             raise UserError(f"{path}: is not a file")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -39,12 +39,12 @@ def read_json(path: Path, kind: type[dict] | type[list]) -> Any:
     if not isinstance(content, kind):
         raise UserError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
     if not is_unicode(content):
-        raise UserError(f"{path}: holds half a surrogate pair (\\ud800 to \\udfff)")
+        raise UserError(f"{path}: contains an unpaired surrogate (\\ud800 to \\udfff)")
     return content
 
 
 def is_unicode(content: Any) -> bool:
-    """Whether all texts in a JSON value can be written as UTF-8, which lone surrogates cannot."""
+    """Whether all strings in a JSON value can be encoded as UTF-8; unpaired surrogates cannot."""
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -53,22 +53,27 @@ def is_unicode(content: Any) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes an indented JSON file, atomically."""
+    """Writes an indented JSON file atomically."""
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def is_bare_name(name: Any) -> bool:
-    """Whether a value is the name of a file or folder, without any path."""
+    """Whether a value is the name of a file or folder without a path."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
-def check_new(path: Path, flag: str, *inputs: Path) -> None:
-    """Checks that a folder can be created at `path`, outside the folders `inputs`; nothing is left there.
+def check_new_folder(path: Path, flag: str, *inputs: Path) -> None:
+    """Checks that a folder can be created at `path`, outside the input folders, without leaving anything behind.
+
+    Args:
+      path: The folder.
+      flag: The flag that sets `path`, for error messages.
+      *inputs: Folders that the program reads.
 
     Raises:
-      UserError: it cannot.
+      UserError: If the folder exists, cannot be created, or is inside an input folder.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         if not is_unicode(str(path)):
             raise UserError(f"{flag} {ascii(str(path))}: the name is not valid UTF-8")
@@ -76,27 +81,27 @@ def check_new(path: Path, flag: str, *inputs: Path) -> None:
             raise UserError(f"{flag} {path}: give the name of a new folder")
         path = path.parent.resolve() / path.name  # `..` may lead through a folder that does not exist
         if path.exists() or path.is_symlink():
-            raise UserError(f"{flag} {path}: already exists; give a folder that does not")
+            raise UserError(f"{flag} {path}: already exists; give a new folder")
         for folder in inputs:
             if path.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{flag} {path}: lies in {folder}, which is read; give a folder outside of it")
+                raise UserError(f"{flag} {path}: is inside the input folder {folder}; give a folder outside it")
         for folder in reversed([path, *path.parents]):
             if not folder.exists():
                 folder.mkdir()
-                made.append(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+                created.append(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: circular links
         raise UserError(f"{flag} {path}: cannot be created: {getattr(error, 'strerror', error)}") from error
     finally:
-        for folder in reversed(made):
+        for folder in reversed(created):
             folder.rmdir()
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Where to create a folder that becomes `folder` when the block ends without an error; else nothing is left.
+    """Yields a temporary path at which to create a folder; renames it to `folder`, or removes it on an error.
 
     Raises:
-      UserError: `folder` exists, or it cannot be written.
+      UserError: If `folder` exists or cannot be written.
     """
     folder = folder.parent.resolve() / folder.name
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -107,7 +112,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         try:
             unfinished.mkdir()
         except FileExistsError as error:
-            raise UserError(f"{unfinished}: an unfinished folder is in the way; remove it") from error
+            raise UserError(f"{unfinished}: left over from an unfinished write; remove it") from error
         try:
             yield unfinished / folder.name
             (unfinished / folder.name).rename(folder)
@@ -115,5 +120,5 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
-            raise  # of something that is read
+            raise  # an error of reading, not of writing
         raise UserError(f"{folder}: cannot be written: {error}") from error

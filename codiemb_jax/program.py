@@ -1,4 +1,4 @@
-"""Running a program: its arguments, its interruption, and how it ends."""
+"""Command-line programs: argument parsing, interrupts and exit codes."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from codiemb_jax.errors import UserError, shorten
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong arguments as `UserError`, and takes no abbreviated flags."""
+    """Argument parser that raises `UserError` for invalid arguments and accepts no abbreviated flags."""
 
     def __init__(self, prog: str | None = None, description: str | None = None, **options: Any):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -25,8 +25,8 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def loading_modules() -> Iterator[None]:
-    """While a program's modules load, an interrupt ends it at once: raised inside a module's C code, it may crash."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers, and are not interrupted
+    """Exits at once on an interrupt while modules are imported: KeyboardInterrupt in their C code may crash."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
 
@@ -34,15 +34,15 @@ def loading_modules() -> Iterator[None]:
         print("\nstopped", file=sys.stderr, flush=True)
         os._exit(130)
 
-    before = signal.signal(signal.SIGINT, stop)
+    previous = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Runs a program's `main`; a `UserError` ends it with one message on stderr and exit code 2."""
+    """Runs the `main` of a program. On a `UserError`, prints its message to stderr and exits with code 2."""
     try:
         main()
     except UserError as error:
@@ -51,4 +51,4 @@ def run_program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to continue", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(130)  # all files are closed; threads of native code may crash while the interpreter shuts down
+        os._exit(130)  # all files are closed, and native threads may crash during interpreter shutdown

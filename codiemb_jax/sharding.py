@@ -1,4 +1,4 @@
-"""The device mesh, and how arrays are split over it."""
+"""The device mesh and the sharding of batches and weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,32 +11,36 @@ from codiemb_jax.config import MeshSettings
 from codiemb_jax.errors import UserError
 
 ROW_AXES = ("data", "fsdp")
-"""Mesh axes over which the leading axis of every array of a batch is split."""
+"""Mesh axes over which the leading axis of batch arrays is split."""
 
 WEIGHT_RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
-"""Which mesh axis splits which axis of a weight; all other axes are replicated."""
+"""Mesh axis for each axis name of a weight. Other axes are replicated."""
 
 
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices`, all there are by default."""
+    """Creates the mesh (data, fsdp, tensor) over `devices`, by default all devices.
+
+    Raises:
+      UserError: If the sizes of the axes do not multiply to the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     fixed = settings.fsdp * settings.tensor
     data = count // fixed if settings.data == -1 else settings.data
     if data * fixed != count:
         raise UserError(
-            f"mesh: data {settings.data} x fsdp {settings.fsdp} x tensor {settings.tensor} does not make the "
-            f"{count} devices there are; set mesh.data to -1 and the others so that their product divides {count}"
+            f"mesh: data {settings.data} x fsdp {settings.fsdp} x tensor {settings.tensor} does not match the number "
+            f"of devices, {count}; set mesh.data to -1, and mesh.fsdp x mesh.tensor to a divisor of {count}"
         )
     shape = (data, settings.fsdp, settings.tensor)
     return jax.make_mesh(shape, (*ROW_AXES, "tensor"), (AxisType.Auto,) * 3, devices=devices)
 
 
 def cpu_mesh() -> Mesh:
-    """A mesh of one CPU device, for conversions.
+    """Creates a mesh of one CPU device, for conversions.
 
     Raises:
-      UserError: JAX is told to use none.
+      UserError: If JAX_PLATFORMS excludes the CPU.
     """
     try:
         return make_mesh(MeshSettings(), jax.devices("cpu")[:1])
@@ -45,30 +49,31 @@ def cpu_mesh() -> Mesh:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Number of devices that hold different rows; a batch is split into this many parts."""
+    """Returns the number of parts into which a batch is split, one per group of devices with the same rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis split over the devices that hold different rows."""
+    """Returns the sharding of batch arrays: the leading axis is split over `ROW_AXES`."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keeps activations split by rows when a mesh is set, whatever the weights' sharding suggests."""
+    """Constrains activations to the sharding of the rows if a mesh is set, regardless of the weights' sharding."""
     axes = tuple(axis for axis in ROW_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def weight_shardings(mesh: Mesh, variables: Any) -> dict[str, Any]:
-    """The sharding of each parameter of an NNX state, as a nested dict of its paths.
+    """Returns the sharding of each parameter of an NNX state by `WEIGHT_RULES`, as a nested dict.
 
-    A weight is split along the axes that `WEIGHT_RULES` names.  UserError if a mesh axis does not divide one.
+    Raises:
+      UserError: If the size of a mesh axis does not divide the axis of a weight.
     """
 
     def sharding(variable: nnx.Variable) -> NamedSharding:
@@ -76,7 +81,7 @@ def weight_shardings(mesh: Mesh, variables: Any) -> dict[str, Any]:
         for axis, name, size in zip(variable.axes, names, variable.shape, strict=True):
             if name and size % mesh.shape[name]:
                 raise UserError(
-                    f"mesh.{name} {mesh.shape[name]} does not divide the model's axis {axis!r} of {size}; "
+                    f"mesh.{name} {mesh.shape[name]} does not divide the size of the model's axis {axis!r}, {size}; "
                     f"set mesh.{name} to a divisor of {size}"
                 )
         return NamedSharding(mesh, PartitionSpec(*names))

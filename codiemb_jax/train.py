@@ -1,6 +1,6 @@
 """Trains an encoder: config -> data -> steps -> checkpoints -> export.
 
-Started again with the same command, it continues from the newest checkpoint of output_dir.
+Run the same command again to continue from the newest checkpoint in output_dir.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,11 @@ from codiemb_jax.program import Parser, loading_modules, run_program
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_jax.train") -> None:
+    """Runs the program.
+
+    Raises:
+      UserError: If the arguments, settings, model or data are invalid, or training fails.
+    """
     with loading_modules():
         from codiemb_jax.config_file import find_config, flags_parser, load_settings
 
@@ -19,9 +24,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         "--config",
         action="append",
         metavar="FILE",
-        help="settings in YAML, or the name of a configuration of this package, such as quickstart",
+        help="YAML file with settings, or the name of a configuration of this package, such as quickstart",
     )
-    parser.add_argument("-h", "--help", action="store_true", help="show this help")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     options, flags = parser.parse_known_args(arguments)
     if options.help:
         parents = [parser, flags_parser()]
@@ -29,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         Parser(prog, __doc__, usage=usage, add_help=False, parents=parents).print_help()
         return
     if not options.config:
-        raise UserError("--config FILE is missing: give the settings, for example --config quickstart")
+        raise UserError("--config FILE is missing; give a settings file, for example --config quickstart")
     if len(options.config) > 1:
         raise UserError(f"--config: given {len(options.config)} times")
     settings = load_settings(find_config(options.config[0]), flags)
@@ -40,16 +45,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         from codiemb_jax.training.loop import train
         from codiemb_jax.training.run import open_run, open_training_model
 
-    start = open_training_model(settings)
-    held_out = read_held_out(settings.evaluation, start.tokenizer, start.max_tokens)
-    embedder = Embedder(start.model.graph, None, start.model.blueprint, start.mesh)
-    run = open_run(start)
+    setup = open_training_model(settings)
+    held_out = read_held_out(settings.evaluation, setup.tokenizer, setup.max_tokens)
+    embedder = Embedder(setup.model.graph, None, setup.model.blueprint, setup.mesh)
+    run = open_run(setup)
     before, after = train(run, lambda params: evaluate(embedder.with_params(params), held_out))
-    report(before, after, run.folder.export if settings.export else None)
+    print_report(before, after, run.folder.export if settings.export else None)
 
 
-def report(before: dict[str, float], after: dict[str, float], export: Path | None) -> None:
-    """Prints the held-out metrics, and where the export is."""
+def print_report(before: dict[str, float], after: dict[str, float], export: Path | None) -> None:
+    """Prints the held-out metrics and the path of the export."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

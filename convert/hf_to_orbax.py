@@ -1,6 +1,6 @@
-"""Writes a Hugging Face model as an Orbax checkpoint that training starts from.
+"""Converts a Hugging Face folder to an Orbax checkpoint that training can start from.
 
-A folder that sentence-transformers describes keeps its pooling, prompts and lengths.  Others get the default settings.
+Pooling, prompts and length limits of a sentence-transformers folder are kept. Other folders get the defaults.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
         import jax
 
         from codiemb_jax.checkpoints.export import sentence_prompts
-        from codiemb_jax.checkpoints.model import locate, open_as_stored, open_folder
+        from codiemb_jax.checkpoints.model import open_folder, open_with_stored_settings, resolve_model_path
         from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
         from codiemb_jax.config import PromptSettings
-        from codiemb_jax.files import check_new
+        from codiemb_jax.files import check_new_folder
         from codiemb_jax.sharding import cpu_mesh
         from codiemb_jax.text.prompts import PromptTokenizer
 
-    path = locate(options.model)
-    check_new(options.output, "--output", path)
+    path = resolve_model_path(options.model)
+    check_new_folder(options.output, "--output", path)
     folder = open_folder(path)
     if isinstance(folder, OrbaxCheckpoint):
-        raise UserError(f"--model {path}: is an Orbax checkpoint already; give a folder in Hugging Face format")
+        raise UserError(f"--model {path}: is already an Orbax checkpoint; give a folder in Hugging Face format")
     mesh = cpu_mesh()
-    model = open_as_stored(folder, mesh, PromptSettings())
+    model = open_with_stored_settings(folder, mesh, PromptSettings())
     if model.blueprint.prompt is not None:
-        PromptTokenizer(model.blueprint.tokenizer(), model.blueprint.prompt)  # finds a tokenizer that cannot be used
+        PromptTokenizer(model.blueprint.tokenizer(), model.blueprint.prompt)  # fails early if the tokenizer is invalid
     save_model(options.output, model.stream(), model.stream_passthrough(), model.blueprint)
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     print(f"wrote {count:,} parameters to {options.output}")
-    print(f"an export of it has the prompts {sentence_prompts(model.blueprint).prompts}; a run sets its own")
+    print(f"its exports have the prompts {sentence_prompts(model.blueprint).prompts}; runs set their own")
 
 
 if __name__ == "__main__":

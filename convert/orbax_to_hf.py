@@ -1,7 +1,7 @@
-"""Writes an Orbax checkpoint as a Hugging Face folder for sentence-transformers.
+"""Exports an Orbax checkpoint as a Hugging Face folder for sentence-transformers.
 
---architecture stock writes the architecture that transformers itself knows, so that no remote code is needed (utu
-becomes Qwen3).  --verify loads the folder in sentence-transformers and compares its token ids and vectors with ours.
+With --architecture stock, the folder uses an architecture that transformers supports natively, so no remote code is
+needed (utu becomes Qwen3). --verify loads the folder in sentence-transformers and compares token ids and embeddings.
 """
 
 import importlib.util
@@ -15,18 +15,18 @@ from codiemb_jax.program import Parser, loading_modules, run_program
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.orbax_to_hf") -> None:
     parser = Parser(prog, __doc__)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="Orbax checkpoint of ours")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="Orbax checkpoint to export")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--architecture", choices=["stock"], help="default: config.json as it came")
+    parser.add_argument("--architecture", choices=["stock"], help="default: that of the original config.json")
     parser.add_argument("--verify", action="store_true", help="compare with sentence-transformers")
     options = parser.parse_args(arguments)
 
     with loading_modules():
         from codiemb_jax.checkpoints.export import write_export
         from codiemb_jax.checkpoints.model import open_checkpoint
-        from codiemb_jax.files import check_new
+        from codiemb_jax.files import check_new_folder
 
-    check_new(options.output, "--output", options.checkpoint)
+    check_new_folder(options.output, "--output", options.checkpoint)
     if options.verify and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError("--verify needs sentence-transformers: pip install sentence-transformers")
     model = open_checkpoint(options.checkpoint)
@@ -34,18 +34,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
     config = model.blueprint.config
     if options.verify and not stock and model.family.stock(config)["model_type"] != config["model_type"]:
         raise UserError(
-            f"--verify: sentence-transformers would need the remote code of a {config['model_type']} model, which is "
+            f"--verify: sentence-transformers would need the remote code of the {config['model_type']} model, which is "
             "never run; add --architecture stock"
         )
     write_export(options.output, model.stream(), model.stream_passthrough(), model.blueprint, stock=stock)
     print(f"wrote {options.output}")
     if options.verify:
         with loading_modules():
-            from codiemb_jax.checkpoints.verify import as_written, verify  # loads PyTorch
+            from codiemb_jax.checkpoints.verify import exported_params, verify  # loads PyTorch
             from codiemb_jax.embedder import Embedder
 
-        if not verify(options.output, model, Embedder(model.graph, as_written(model), model.blueprint, model.mesh)):
-            sys.exit(f"verification failed; {options.output} is left for you to look at")
+        embedder = Embedder(model.graph, exported_params(model), model.blueprint, model.mesh)
+        if not verify(options.output, model, embedder):
+            sys.exit(f"verification failed; {options.output} is kept for inspection")
 
 
 if __name__ == "__main__":

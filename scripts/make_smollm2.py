@@ -31,7 +31,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    # The causal model is marked as quantized and refuses to be saved; the decoder inside it can be.
+    # The causal model is marked as quantized and cannot be saved; its decoder can.
     model.model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     config = json.loads((output / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""A hook of MkDocs that turns LaTeX into MathML, so that pages need no JavaScript from other sites."""
+"""MkDocs hook that converts LaTeX to MathML, so pages need no external JavaScript."""
 
 import html
 import re
@@ -6,13 +6,11 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-MATH = re.compile(
-    r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>', re.DOTALL
-)
+MATH = re.compile(r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>', re.DOTALL)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Replaces what `pymdownx.arithmatex` (`generic: true`) marked as math."""
+    """Converts the math marked by `pymdownx.arithmatex` (with `generic: true`)."""
 
     def mathml(match: re.Match[str]) -> str:
         if match["block"] is not None:

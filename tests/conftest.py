@@ -1,4 +1,4 @@
-"""Every test runs on eight simulated CPU devices, offline."""
+"""Shared fixtures. All tests run offline on eight simulated CPU devices."""
 
 import os
 
@@ -27,7 +27,7 @@ from scripts.fetch_wheel import extract
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER:
-    # What one test compiles is reused by other tests, by parallel workers and by the programs that tests start.
+    # Compiled programs are shared between tests, parallel workers and subprocesses.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -44,7 +44,7 @@ def pytest_report_header() -> str | None:
     return f"PyTorch is not installed; not collected: {', '.join(collect_ignore)}" if collect_ignore else None
 
 
-# A busy machine is no fault of the code: neither a deadline nor "input generation is slow" fails a test.
+# Tests must not fail because the machine is busy.
 hypothesis.settings.register_profile(
     "project", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -61,7 +61,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def tokenizer_files() -> Callable[[Path], None]:
-    """Writes a small byte-level BPE tokenizer, of GPT-2's kind, into a folder."""
+    """Returns a function that writes a small byte-level BPE tokenizer, as in GPT-2, into a folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -80,13 +80,13 @@ def tokenizer_files() -> Callable[[Path], None]:
     return write
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that all workers share: the first one to ask for it makes it."""
+def create_once(factory: pytest.TempPathFactory, name: str, create: Callable[[Path], None]) -> Path:
+    """Returns a folder that is shared by all workers and created by the first one that needs it."""
     shared = factory.getbasetemp().parent if IS_WORKER else factory.getbasetemp()
     with FileLock(shared / f"{name}.lock"):
         if not (shared / name).exists():
             unfinished = factory.mktemp(name)
-            make(unfinished)
+            create(unfinished)
             unfinished.rename(shared / name)
     return shared / name
 
@@ -95,28 +95,28 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M as a Hugging Face folder."""
 
-    def make(folder: Path) -> None:
+    def create(folder: Path) -> None:
         script = REPOSITORY / "scripts" / "make_smollm2.py"
         subprocess.run([sys.executable, script, "--output", folder], check=True, timeout=300)
 
-    return made_once(tmp_path_factory, "smollm2", make)
+    return create_once(tmp_path_factory, "smollm2", create)
 
 
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """all-MiniLM-L6-v2 as a Hugging Face folder: a BERT of 6 layers."""
+    """all-MiniLM-L6-v2, a BERT with 6 layers, as a Hugging Face folder."""
 
-    def make(folder: Path) -> None:
+    def create(folder: Path) -> None:
         archive = extract("minilm", folder)
         shutil.unpack_archive(archive, folder)
         archive.unlink()
 
-    return made_once(tmp_path_factory, "minilm", make)
+    return create_once(tmp_path_factory, "minilm", create)
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """HeldOutMetrics of the original framework, and the checkpoint and data that they belong to."""
+    """The folder of reference values from the original framework, with the model and data that they are for."""
     return Path(__file__).parent / "golden"
 
 
@@ -128,8 +128,8 @@ PROMPT_SENTENCES = [
 ]
 
 
-def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    # model_max_length is small, so that a warning of long texts or a truncation to it would show.
+def to_fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    # A small model_max_length, so that tests notice if texts are truncated to it.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=8
     )
@@ -137,7 +137,7 @@ def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[[int], PreTrainedTokenizerFast]:
-    """Byte-level BPE with a vocabulary of the given size; <s> is 0, </s> 1, <pad> 2."""
+    """Returns a function that trains a byte-level BPE tokenizer of a given size; <s> is 0, </s> is 1, <pad> is 2."""
 
     def make(vocab_size: int) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(models.BPE())
@@ -150,7 +150,7 @@ def make_tokenizer() -> Callable[[int], PreTrainedTokenizerFast]:
             show_progress=False,
         )
         tokenizer.train_from_iterator(PROMPT_SENTENCES * 3, trainer)
-        return wrapped(tokenizer)
+        return to_fast_tokenizer(tokenizer)
 
     return make
 
@@ -162,7 +162,7 @@ def tokenizer(make_tokenizer) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """Knows the letters a (3) and b (4), and makes no token of anything else."""
+    """A tokenizer with only the letters a (3) and b (4), which ignores all other characters."""
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", "a", "b"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    return wrapped(tokenizer)
+    return to_fast_tokenizer(tokenizer)

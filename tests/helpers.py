@@ -1,4 +1,4 @@
-"""Shared by tests of several modules: settings, runs of the program, and folders compared."""
+"""Helpers shared by tests: settings, training runs and comparison of folders."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def golden_settings(golden: Path, output_dir: Path, **sections: Any) -> dict[str, Any]:
-    """Settings under which the golden trajectories were made, `sections` on top."""
+    """Returns the settings of the golden trajectories, updated by `sections`."""
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "model": {"path": str(golden / "youtu_tiny")},
@@ -32,40 +32,40 @@ def golden_settings(golden: Path, output_dir: Path, **sections: Any) -> dict[str
 
 
 def run(settings: dict[str, Any], folder: Path, *flags: str) -> list[dict[str, Any]]:
-    """Runs the training program; returns the lines of metrics.jsonl."""
+    """Runs the training program and returns the lines of metrics.jsonl."""
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(settings))
     train(["--config", str(config), *flags])
     return [json.loads(line) for line in (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
 
 
-def content_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Returns the content of every file in a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def load_weights(folder: Path) -> dict[str, np.ndarray]:
-    """All weights of a folder, whose files must not share a name."""
-    loaded: dict[str, np.ndarray] = {}
+    """Loads the weights of all safetensors files in a folder."""
+    weights: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("*.safetensors")):
         shard = load_file(path)
-        assert not loaded.keys() & shard.keys()
-        loaded |= shard
-    return loaded
+        assert not weights.keys() & shard.keys()
+        weights |= shard
+    return weights
 
 
-def assert_bitwise(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """The same names, dtypes, shapes and bits."""
-    assert found.keys() == expected.keys()
+def assert_bitwise(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Asserts that names, dtypes, shapes and bits are equal."""
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert found[name].shape == value.shape, name
-        assert found[name].tobytes() == value.tobytes(), name
+        assert actual[name].dtype == value.dtype, name
+        assert actual[name].shape == value.shape, name
+        assert actual[name].tobytes() == value.tobytes(), name
 
 
 def sentence_transformer(folder: Path) -> "SentenceTransformer":
-    """A folder as sentence-transformers loads it, without remote code, in float32."""
-    from sentence_transformers import SentenceTransformer  # slow to import, and most tests do without it
+    """Loads a folder with sentence-transformers in float32, without remote code."""
+    from sentence_transformers import SentenceTransformer  # slow to import, and most tests do not need it
 
     return SentenceTransformer(
         str(folder), device="cpu", trust_remote_code=False, local_files_only=True, model_kwargs={"dtype": "float32"}

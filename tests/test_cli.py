@@ -97,5 +97,5 @@ def test_quickstart_reads_what_the_package_carries(tmp_path, monkeypatch):
 def test_output_is_never_written_into_the_package(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("output_dir: package://run\nmodel: {path: m}\ndata: {ir: d}\n")
-    with pytest.raises(UserError, match="settings.yaml:1: output_dir: package:// is for what the package includes"):
+    with pytest.raises(UserError, match="settings.yaml:1: output_dir: package:// is only for input files"):
         load_settings(path)

@@ -1,4 +1,4 @@
-"""Documentation can be followed: its commands, files, links, settings and examples are valid, and its Python runs."""
+"""Tests that commands, paths, links, settings and examples in the documentation are valid and that its Python runs."""
 
 import ast
 import importlib.util
@@ -23,30 +23,30 @@ PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").r
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 FILE_EXTENSIONS = ("json", "jsonl", "md", "py", "safetensors", "yaml")
 PATH = re.compile(r"(?<![\w/.])((?:configs|scripts|tests|benchmarks|codiemb_jax|convert)/[\w./-]*\w)")
-USERS_OWN = ("mine.yaml",)
+USER_CONFIGS = ("mine.yaml",)
 
 
-def text_of(page: Path) -> str:
+def read_text(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def blocks(page: Path, language: str = "") -> list[str]:
-    """The code blocks of a language; commands have none."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
-    return [block for of, block in found if of == language]
+def code_blocks(page: Path, language: str = "") -> list[str]:
+    """Returns the code blocks of a language; blocks of commands have no language."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", read_text(page), re.DOTALL | re.MULTILINE)
+    return [block for name, block in blocks if name == language]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command in a block."""
-    lines = [line for block in blocks(page) for line in block.splitlines()]
+    """Returns the words of every command on a page."""
+    lines = [line for block in code_blocks(page) for line in block.splitlines()]
     return [shlex.split(command) for line in lines for command in line.split("&&") if command.strip()]
 
 
-def name_of(page: Path) -> str:
+def page_name(page: Path) -> str:
     return str(page.relative_to(REPOSITORY))
 
 
-for_all_pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
+for_all_pages = pytest.mark.parametrize("page", PAGES, ids=page_name)
 
 
 def test_settings_page_is_up_to_date():
@@ -55,17 +55,17 @@ def test_settings_page_is_up_to_date():
     assert spec and spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert text_of(script.TARGET) == script.document(), "run python scripts/make_settings_doc.py"
+    assert read_text(script.TARGET) == script.document(), "run python scripts/make_settings_doc.py"
 
 
-def test_readme_has_the_two_commands_of_the_start():
-    lines = text_of(README).splitlines()
+def test_readme_has_the_quickstart_and_test_commands():
+    lines = read_text(README).splitlines()
     assert "pip install -e . && python -m codiemb_jax.train --config configs/quickstart.yaml" in lines
     assert 'pip install -e ".[test]" && pytest' in lines
 
 
-def program_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """The subcommand of `codiemb` that a command runs, and its arguments; None for other programs."""
+def parse_program(words: list[str]) -> tuple[str, list[str]] | None:
+    """Returns the `codiemb` subcommand that a command runs and its arguments; None for other programs."""
     modules = {module: name for name, (module, _) in cli.PROGRAMS.items()}
     if words[:2] == ["python", "-m"]:
         return modules[words[2]], words[3:]
@@ -79,57 +79,56 @@ def test_commands_are_valid(page):
     for words in commands(page):
         if words[0] == "pip":
             extras = re.search(r"\[([\w,]+)\]", words[-1])
-            wanted = extras[1].split(",") if extras else []
-            assert set(wanted) <= PROJECT["project"]["optional-dependencies"].keys(), words
-        elif program := program_of(words):
+            names = extras[1].split(",") if extras else []
+            assert set(names) <= PROJECT["project"]["optional-dependencies"].keys(), words
+        elif program := parse_program(words):
             name, arguments = program
             assert name in cli.PROGRAMS, words
             if name == "train":
-                check_training(arguments)
+                check_train_arguments(arguments)
             else:
-                source = text_of(REPOSITORY / (cli.PROGRAMS[name][0].replace(".", "/") + ".py"))
+                source = read_text(REPOSITORY / (cli.PROGRAMS[name][0].replace(".", "/") + ".py"))
                 flags = [word for word in arguments if word.startswith("--")]
                 assert flags and all(f'"{flag}"' in source for flag in flags), words
         elif words[0] == "python":
             assert (REPOSITORY / words[1]).is_file(), words
             flags = [word for word in words[2:] if word.startswith("--")]
-            assert all(f'"{flag}"' in text_of(REPOSITORY / words[1]) for flag in flags), words
+            assert all(f'"{flag}"' in read_text(REPOSITORY / words[1]) for flag in flags), words
         else:
             assert words[0] in ("pytest", "pre-commit", "mkdocs"), words
 
 
-def check_training(arguments: list[str]) -> None:
-    """Checks the flags of a command, on top of the quickstart where the file is the user's own."""
+def check_train_arguments(arguments: list[str]) -> None:
+    """Checks the flags of a training command, using the quickstart config in place of the user's config."""
     assert arguments[0] == "--config"
-    own = arguments[1] in USERS_OWN
-    config = find_config("quickstart" if own else arguments[1])
+    config = find_config("quickstart" if arguments[1] in USER_CONFIGS else arguments[1])
     load_settings(config if config.is_absolute() else REPOSITORY / config, arguments[2:])
 
 
 @for_all_pages
 def test_modules_exist(page):
-    for module in set(re.findall(r"python -m ([\w.]+)", text_of(page))):
+    for module in set(re.findall(r"python -m ([\w.]+)", read_text(page))):
         spec = importlib.util.find_spec(module)
         if module != "MODULE":
             assert spec and spec.origin, module
-            assert '__name__ == "__main__"' in text_of(Path(spec.origin)), module
+            assert '__name__ == "__main__"' in read_text(Path(spec.origin)), module
 
 
 @for_all_pages
 def test_paths_exist(page):
-    for path in set(PATH.findall(text_of(page))):
+    for path in set(PATH.findall(read_text(page))):
         assert (REPOSITORY / path).exists(), path
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub and MkDocs make them."""
-    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    """Returns the anchors of the headings on a page, as generated by GitHub and MkDocs."""
+    headings = re.findall(r"^#+ (.+)$", read_text(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 @for_all_pages
 def test_relative_links_resolve(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read_text(page)):
         if not target.startswith(("http://", "https://")):
             path, _, anchor = target.partition("#")
             linked = page.parent / path if path else page
@@ -138,33 +137,33 @@ def test_relative_links_resolve(page):
 
 
 @for_all_pages
-def test_named_tests_exist(page):
-    for path, choice in re.findall(r"pytest (tests/[\w./]+)(?: -k (\w+))?", text_of(page)):
-        if choice:
-            tree = ast.parse(text_of(REPOSITORY / path))
+def test_mentioned_tests_exist(page):
+    for path, keyword in re.findall(r"pytest (tests/[\w./]+)(?: -k (\w+))?", read_text(page)):
+        if keyword:
+            tree = ast.parse(read_text(REPOSITORY / path))
             names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-            assert any(name.startswith("test_") and choice in name for name in names), f"{path} -k {choice}"
+            assert any(name.startswith("test_") and keyword in name for name in names), f"{path} -k {keyword}"
 
 
 @for_all_pages
-def test_examples_of_settings_are_valid(page, tmp_path):
-    for block in blocks(page, "yaml"):
+def test_settings_examples_are_valid(page, tmp_path):
+    for block in code_blocks(page, "yaml"):
         (tmp_path / "settings.yaml").write_text(block, encoding="utf-8")
         load_settings(tmp_path / "settings.yaml")
 
 
 @for_all_pages
-def test_named_settings_exist(page):
+def test_mentioned_settings_exist(page):
     sections = {name: field.annotation for name, field in Settings.model_fields.items()}
     fields = {name: getattr(section, "model_fields", {}) for name, section in sections.items()}
-    for section, field in re.findall(r"(?:`|--)(\w+)\.(\w+)(?=[`: ])", text_of(page)):
+    for section, field in re.findall(r"(?:`|--)(\w+)\.(\w+)(?=[`: ])", read_text(page)):
         if fields.get(section) and field not in FILE_EXTENSIONS:
             assert field in fields[section], f"{section}.{field}"
 
 
 @for_all_pages
-def test_examples_of_data_are_valid(page, tmp_path):
-    for block in blocks(page, "json"):
+def test_data_examples_are_valid(page, tmp_path):
+    for block in code_blocks(page, "json"):
         for line in block.splitlines():
             path = tmp_path / "data.jsonl"
             path.write_text(line + "\n", encoding="utf-8")
@@ -173,8 +172,8 @@ def test_examples_of_data_are_valid(page, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def work(golden, tmp_path_factory) -> Path:
-    """A folder with what the Python examples read: exports, a checkpoint and a file of question and answer pairs."""
+def working_folder(golden, tmp_path_factory) -> Path:
+    """A folder with the inputs of the Python examples: exports, a checkpoint and a CSV file."""
     folder = tmp_path_factory.mktemp("docs")
     checkpoint = folder / "runs" / "mine" / "checkpoints" / "STEP"
     hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
@@ -187,16 +186,16 @@ def work(golden, tmp_path_factory) -> Path:
 
 
 @for_all_pages
-def test_python_examples_run(page, work, monkeypatch):
-    monkeypatch.chdir(work)
-    for block in blocks(page, "python"):
+def test_python_examples_run(page, working_folder, monkeypatch):
+    monkeypatch.chdir(working_folder)
+    for block in code_blocks(page, "python"):
         exec(compile(block, str(page), "exec"), {})
 
 
-def test_pairs_become_examples(work, monkeypatch):
-    monkeypatch.chdir(work)
-    (conversion,) = (block for block in blocks(REPOSITORY / "docs/guides/data.md", "python") if "csv" in block)
-    exec(compile(conversion, "data.md", "exec"), {})
-    train, heldout = (list(read_records(Path("data") / f"{name}.jsonl", "ir")) for name in ("train", "heldout"))
-    assert [record.query.text for record in heldout] == [f"question {i}, with a comma?" for i in (0, 10)]
+def test_csv_conversion_example(working_folder, monkeypatch):
+    monkeypatch.chdir(working_folder)
+    (code,) = (block for block in code_blocks(REPOSITORY / "docs/guides/data.md", "python") if "csv" in block)
+    exec(compile(code, "data.md", "exec"), {})
+    train, held_out = (list(read_records(Path("data") / f"{name}.jsonl", "ir")) for name in ("train", "heldout"))
+    assert [record.query.text for record in held_out] == [f"question {i}, with a comma?" for i in (0, 10)]
     assert [record.positives[0].text for record in train] == [f"answer {i}" for i in range(20) if i % 10]

@@ -1,4 +1,4 @@
-"""Programs as processes: what they load, and how they end when interrupted."""
+"""Tests of programs in subprocesses: which modules they import, and how they handle interrupts."""
 
 import os
 import re
@@ -15,7 +15,7 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_help_names_every_flag_and_loads_no_jax(program):
+def test_help_lists_flags_and_imports_no_jax(program):
     code = (
         f"import runpy, sys\nsys.argv = ['x', '--help']\n"
         f"try:\n    runpy.run_module('{program}', run_name='__main__')\nexcept SystemExit:\n    pass\n"
@@ -29,8 +29,7 @@ def test_help_names_every_flag_and_loads_no_jax(program):
         assert "--output" in flags
 
 
-def test_training_loads_neither_pytorch_nor_tensorflow():
-    """Although both are installed where exports are verified."""
+def test_training_imports_no_pytorch_or_tensorflow():
     modules = (
         "codiemb_jax.embedder, codiemb_jax.evaluation.held_out, codiemb_jax.training.loop, codiemb_jax.training.run"
     )
@@ -38,7 +37,7 @@ def test_training_loads_neither_pytorch_nor_tensorflow():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_plan_loads_no_tensorflow_datasets():
+def test_planning_imports_no_tensorflow_datasets():
     code = (
         "import codiemb_jax.data.sampler, codiemb_jax.data.mixed, codiemb_jax.text.rows, sys\n"
         "assert not {'tensorflow_datasets', 'grain', 'orbax'} & set(sys.modules)"
@@ -47,7 +46,7 @@ def test_the_plan_loads_no_tensorflow_datasets():
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
-def test_an_interrupt_while_modules_load_prints_no_traceback(seconds, tmp_path: Path):
+def test_interrupt_during_imports_prints_no_traceback(seconds, tmp_path: Path):
     config = tmp_path / "settings.yaml"
     config.write_text("output_dir: run\nmodel: {path: absent}\ndata: {ir: absent}\n")
     command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(config)]
@@ -56,5 +55,5 @@ def test_an_interrupt_while_modules_load_prints_no_traceback(seconds, tmp_path: 
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert "Traceback" not in error
-    assert process.returncode in (130, 2)  # 2: it had already found that there is no such model
+    assert process.returncode in (130, 2)  # 2 if the missing model was found before the interrupt
     assert not (tmp_path / "run").exists()

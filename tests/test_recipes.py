@@ -1,4 +1,4 @@
-"""The recipes of the four models: the original's settings, and each runs from checkpoint to export."""
+"""Tests of the configurations of the four models: original hyperparameters, and training from model to export."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedTokenizerFast
 
 import codiemb_jax
-from codiemb_jax.checkpoints.families import family_of
+from codiemb_jax.checkpoints.families import get_family
 from codiemb_jax.config_file import load_settings
 from codiemb_jax.train import main
-from codiemb_jax.training.run import check_batches
-from scripts.make_random_checkpoint import make
+from codiemb_jax.training.run import check_batch_sizes
+from scripts.make_random_checkpoint import write_random_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = Path(codiemb_jax.__file__).parent
@@ -34,7 +34,7 @@ ORIGINAL = {
 
 
 @pytest.mark.parametrize("name", ORIGINAL)
-def test_settings_are_those_of_the_original(name):
+def test_settings_match_original(name):
     settings = load_settings(REPOSITORY / "configs" / f"{name}.yaml")
     model, data, optimizer, objective = settings.model, settings.data, settings.optimizer, settings.objective
     assert ORIGINAL[name] == {
@@ -49,18 +49,18 @@ def test_settings_are_those_of_the_original(name):
     assert (optimizer.betas, optimizer.eps, optimizer.clip_norm) == ((0.9, 0.999), 1e-8, None)
     assert (data.positives_per_query, data.negatives_per_query, data.sampler) == (2, 4, "dynamic")
     assert (objective.temperature, objective.mid_info_nce_weight, objective.mid_info_nce_threshold) == (0.02, 1.0, 1.0)
-    assert (objective.ir_pool_size, objective.sts_list_size) == (None, 32)  # across devices; per device
+    assert (objective.ir_pool_size, objective.sts_list_size) == (None, 32)  # all devices; one device
     assert (settings.seed, model.attention, model.normalize, model.remat) == (49, "bidirectional", True, "full")
-    check_batches(settings, 8)
+    check_batch_sizes(settings, 8)
     hf = json.loads((PACKAGE / "shapes" / f"{name}.json").read_text())
-    assert family_of(hf).read_config(hf).max_positions >= data.query_max_tokens
+    assert get_family(hf).read_config(hf).max_positions >= data.query_max_tokens
 
 
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "initializer_range": 0.1,
 }  # fmt: skip
-OWN = {
+TINY_BY_MODEL = {
     "youtu_embedding": {"num_key_value_heads": 4, "head_dim": 16},
     "minicpm_embedding": {"num_key_value_heads": 4},
     "bge_large_zh": {},
@@ -69,11 +69,10 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", ORIGINAL)
-def test_each_trains_and_exports(name, tmp_path, monkeypatch):
-    """At tiny width, on the quickstart data, with the recipe's own settings but for batch sizes."""
+def test_training_and_export_of_tiny_model(name, tmp_path, monkeypatch):
     monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / "cache"))
     folder, output = tmp_path / "model", tmp_path / "run"
-    make(name, folder, **TINY | OWN[name], vocab_size=2000)
+    write_random_checkpoint(name, folder, **TINY | TINY_BY_MODEL[name], vocab_size=2000)
     flags = {
         "output_dir": output, "model.path": folder, "data.ir": TRAIN / "ir", "data.sts": TRAIN / "sts",
         "data.ir_global_batch_size": 8, "data.sts_global_batch_size": 32, "encode_chunks": 1, "optimizer.max_steps": 4,

@@ -1,4 +1,4 @@
-"""The training program as a user meets it: figures of the original, what it leaves, what it refuses."""
+"""Tests of the training program: parity with the original, output files and error messages."""
 
 import json
 import logging
@@ -21,10 +21,13 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.program import run_program
 from codiemb_jax.train import main
 from convert.hf_to_orbax import main as hf_to_orbax
-from tests.helpers import content_of, golden_settings, run
+from tests.helpers import golden_settings, read_files, run
 
 IR = "data/news.jsonl"
 STS = "data/questions.jsonl"
+METRICS = [
+    "step", "epoch", "task", "dataset", "loss", "grad_norm", "learning_rate", "tokens", "computed_tokens", "seconds",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -33,21 +36,21 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """TensorBoard's figures by tag and step: records of length, checksum, event, checksum."""
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+    """Reads TensorBoard scalars by tag and step. A record has a length, a checksum, an event and a checksum."""
+    values: dict[str, dict[int, float]] = defaultdict(dict)
     for path in folder.iterdir():
         content = path.read_bytes()
         while content:
             (size,) = struct.unpack("<Q", content[:8])
             event = Event.FromString(content[12 : 12 + size])
             for value in event.summary.value:
-                found[value.tag][event.step] = value.simple_value
+                values[value.tag][event.step] = value.simple_value
             content = content[16 + size :]
-    return found
+    return values
 
 
 @pytest.mark.parametrize("task", ["ir", "sts"])
-def test_trajectory_is_that_of_the_original(task, golden, tmp_path):
+def test_trajectory_matches_original(task, golden, tmp_path):
     data = {"ir": [str(golden / IR)]} if task == "ir" else {"sts": [str(golden / STS)]}
     lines = run(golden_settings(golden, tmp_path / "run", data=data), tmp_path)
     expected = json.loads((golden / f"trajectory_{task}.json").read_text())
@@ -57,13 +60,13 @@ def test_trajectory_is_that_of_the_original(task, golden, tmp_path):
         assert line["learning_rate"] == pytest.approx(golden_line["lr"], rel=1e-6)
         assert line["loss"] == pytest.approx(golden_line["loss"], rel=5e-4)
         assert line["grad_norm"] == pytest.approx(golden_line["grad_norm"], rel=1e-3)
-        # Of a pair with no negatives the original counts four texts "nothing" more, three tokens each.
-        missing = 16 * 4 * 3 if task == "sts" else 0
-        assert line["tokens"] == golden_line["q_tokens"] + golden_line["p_tokens"] - missing
+        # The original pads each pair with four negatives "nothing" of three tokens.
+        extra_tokens = 16 * 4 * 3 if task == "sts" else 0
+        assert line["tokens"] == golden_line["q_tokens"] + golden_line["p_tokens"] - extra_tokens
 
 
 @pytest.mark.parametrize("task", ["ir", "sts"])
-def test_trajectory_of_a_real_encoder_is_that_of_the_original(task, golden, minilm, tmp_path):
+def test_trajectory_of_pretrained_encoder_matches_original(task, golden, minilm, tmp_path):
     name = {"ir": "small_news", "sts": "small_questions"}[task]
     settings = golden_settings(
         golden, tmp_path / "run",
@@ -85,54 +88,54 @@ def test_trajectory_of_a_real_encoder_is_that_of_the_original(task, golden, mini
         assert line["grad_norm"] == pytest.approx(golden_line["grad_norm"], rel=1e-3)
 
 
-class Messages(logging.Handler):
-    """Keeps what is logged."""
+class MessageHandler(logging.Handler):
+    """Collects log messages."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.texts: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 @pytest.fixture(scope="module")
 def both_tasks(golden, tmp_path_factory):
-    """Settings and lines of a run of both tasks over two epochs, at learning rate 0, and what it logged."""
+    """The folder, metrics and log messages of a run on both tasks for two epochs at learning rate 0."""
     folder = tmp_path_factory.mktemp("both")
     data = {"ir": [str(golden / IR)], "sts": [str(golden / STS)], "ir_global_batch_size": 8}
     evaluation = {"ir": [str(golden / IR)], "sts": [str(golden / STS)]}
     settings = golden_settings(
         golden, folder / "run", data=data, evaluation=evaluation, optimizer={"max_steps": None, "epochs": 2}
     )
-    handler = Messages()
+    handler = MessageHandler()
     logger = logging.getLogger("jax._src.dispatch")
     logger.addHandler(handler)
     with jax.log_compiles():
         lines = run(settings, folder, "--optimizer.learning_rate", "0")
     logger.removeHandler(handler)
-    return folder / "run", lines, handler.texts
+    return folder / "run", lines, handler.messages
 
 
-def test_it_compiles_once_a_task_and_shape(both_tasks):
+def test_compiles_once_per_task_and_shape(both_tasks):
     _, lines, messages = both_tasks
-    met = {(line["task"], line["computed_tokens"]) for line in lines}
+    seen = {(line["task"], line["computed_tokens"]) for line in lines}
     first_epoch = {(line["task"], line["computed_tokens"]) for line in lines if line["epoch"] == 0}
-    assert met == first_epoch  # so that the second epoch has nothing to compile
+    assert seen == first_epoch  # nothing is compiled in the second epoch
     compiled = [message for message in messages if message.startswith("Finished XLA compilation of jit(step)")]
-    assert len(compiled) == len(met) == 2
+    assert len(compiled) == len(seen) == 2
 
 
-def test_learning_rate_0_exports_the_weights_that_went_in(both_tasks, golden):
+def test_export_at_learning_rate_0_is_bitwise_equal(both_tasks, golden):
     folder, _, _ = both_tasks
-    came, went = (load_file(path / "model.safetensors") for path in (golden / "youtu_tiny", folder / "export"))
-    assert came.keys() == went.keys()
-    for name, weight in came.items():
-        assert weight.dtype == went[name].dtype
-        assert weight.tobytes() == went[name].tobytes(), name
+    original, exported = (load_file(path / "model.safetensors") for path in (golden / "youtu_tiny", folder / "export"))
+    assert original.keys() == exported.keys()
+    for name, weight in original.items():
+        assert weight.dtype == exported[name].dtype
+        assert weight.tobytes() == exported[name].tobytes(), name
 
 
-def test_a_run_leaves_what_it_promises(both_tasks):
+def test_run_writes_documented_files_and_metrics(both_tasks):
     folder, lines, _ = both_tasks
     names = {"config.yaml", "inputs.json", "metrics.jsonl", "evaluation.json", "checkpoints", "tensorboard", "export"}
     assert {path.name for path in folder.iterdir()} == names
@@ -141,11 +144,9 @@ def test_a_run_leaves_what_it_promises(both_tasks):
     assert resolved["optimizer"]["learning_rate"] == 0
     assert resolved["seed"] == 49
     assert resolved["model"]["compute_dtype"] == "float32"  # the default on a CPU
-    common = ["step", "epoch", "task", "dataset", "loss"]
     parts = {"ir": ["info_nce"], "sts": ["mid_info_nce", "pearson", "pro", "rank_kl"]}
-    rest = ["grad_norm", "learning_rate", "tokens", "computed_tokens", "seconds"]
     for line in lines:
-        assert sorted(line) == sorted(common + parts[line["task"]] + rest)
+        assert sorted(line) == sorted(METRICS + parts[line["task"]])
         assert line["dataset"] == {"ir": "news", "sts": "questions"}[line["task"]]
     board = scalars(folder / "tensorboard")
     for line in lines:
@@ -153,33 +154,34 @@ def test_a_run_leaves_what_it_promises(both_tasks):
     assert sum(map(len, (board["ir/loss"], board["sts/loss"]))) == len(lines)
 
 
-def test_sts_loss_is_the_weighted_sum_of_its_parts(both_tasks):
+def test_sts_loss_is_weighted_sum_of_parts(both_tasks):
     for line in both_tasks[1]:
         if line["task"] == "sts":
             total = line["mid_info_nce"] + 2 * line["pearson"] + 5 * line["rank_kl"] + 0.5 * line["pro"]
             assert line["loss"] == pytest.approx(total, rel=1e-6)
 
 
-def test_held_out_figures_are_those_of_an_unchanged_model(both_tasks):
-    figures = json.loads((both_tasks[0] / "evaluation.json").read_text())
-    assert figures["before"] == figures["after"]
-    assert figures["before"].keys() == {"news nDCG@10", "questions Spearman"}
+def test_held_out_metrics_do_not_change_at_learning_rate_0(both_tasks):
+    metrics = json.loads((both_tasks[0] / "evaluation.json").read_text())
+    assert metrics["before"] == metrics["after"]
+    assert metrics["before"].keys() == {"news nDCG@10", "questions Spearman"}
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """All that is in a folder: the bytes of files, the targets of links."""
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Returns the content of everything in a folder: the bytes of files and the targets of links."""
 
     def content(path: Path) -> Any:
         if path.is_symlink():
             return "link", str(path.readlink())
         if path.is_file():
             return path.read_bytes()
-        return "folder" if path.is_dir() else "neither file nor folder"
+        return "folder" if path.is_dir() else "other"
 
     return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*")}
 
 
 def first_line(path: Path, **changes: Any) -> str:
+    """Returns the first line of a JSONL file with other values."""
     return json.dumps(json.loads(path.read_text(encoding="utf-8").splitlines()[0]) | changes, ensure_ascii=False)
 
 
@@ -195,54 +197,54 @@ def copy_model(golden: Path, folder: Path) -> Path:
     return folder
 
 
-def no_pad_token(folder: Path) -> None:
+def remove_pad_token(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     del config["pad_token"]
     path.write_text(json.dumps(config))
 
 
-def long_as_text(folder: Path) -> None:
+def set_string_length(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "512"}))
 
 
-MODEL_MISTAKES = {
-    "another architecture": (lambda f: change_config(f, model_type="t5"), "model_type 't5' is not supported"),
+INVALID_MODELS = {
+    "unsupported architecture": (lambda f: change_config(f, model_type="t5"), "model_type 't5' is not supported"),
     "too few layers": (lambda f: change_config(f, num_hidden_layers=5), "missing: layers.4.mlp.up_proj.weight"),
-    "too many layers": (lambda f: change_config(f, num_hidden_layers=3), "left over: layers.3.mlp.up_proj.weight"),
-    "another width": (lambda f: change_config(f, intermediate_size=64), "shape: layers.0.mlp.up_proj.weight"),
+    "too many layers": (lambda f: change_config(f, num_hidden_layers=3), "unexpected: layers.3.mlp.up_proj.weight"),
+    "wrong width": (lambda f: change_config(f, intermediate_size=64), "shape: layers.0.mlp.up_proj.weight"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors not found"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-    "no pad token": (no_pad_token, "no pad token"),
-    "text for a length": (long_as_text, "model_max_length: expected a number of at least 1, found '512'"),
+    "no pad token": (remove_pad_token, "no pad token"),
+    "string for a length": (set_string_length, "model_max_length: expected a number of at least 1, found '512'"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    "another rope": (lambda f: change_config(f, rope_scaling={"type": "yarn"}), "default, linear, llama3"),
-    "few positions": (lambda f: change_config(f, max_position_embeddings=64), "may be at most 64"),
+    "unsupported rope": (lambda f: change_config(f, rope_scaling={"type": "yarn"}), "default, linear, llama3"),
+    "too few positions": (lambda f: change_config(f, max_position_embeddings=64), "may be at most 64"),
 }
 
 
-@pytest.mark.parametrize("mistake", MODEL_MISTAKES)
-def test_a_model_that_cannot_be_used_is_told(mistake, golden, tmp_path):
-    spoil, message = MODEL_MISTAKES[mistake]
+@pytest.mark.parametrize("name", INVALID_MODELS)
+def test_invalid_model_raises_user_error(name, golden, tmp_path):
+    corrupt, message = INVALID_MODELS[name]
     folder = copy_model(golden, tmp_path / "model")
-    spoil(folder)
+    corrupt(folder)
     settings = golden_settings(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_folder_of_a_run_without_an_export_is_not_taken_for_a_model(golden, tmp_path):
+def test_run_without_export_as_model_raises_user_error(golden, tmp_path):
     (tmp_path / "earlier" / "checkpoints").mkdir(parents=True)
     (tmp_path / "earlier" / "config.yaml").write_text("")
     model = {"path": str(tmp_path / "earlier")}
-    with pytest.raises(UserError, match="earlier is the folder of a run that has no export; give one of its checkpoi"):
+    with pytest.raises(UserError, match="earlier is a run without an export; give one of its checkpoints"):
         run(golden_settings(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}), tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_folder_of_a_run_stands_for_its_export(both_tasks, golden, tmp_path):
+def test_run_folder_as_model_uses_its_export(both_tasks, golden, tmp_path):
     model = {"path": str(both_tasks[0])}
     settings = golden_settings(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]})
     settings["optimizer"] = {"learning_rate": 0, "max_steps": 1}
@@ -253,14 +255,13 @@ def test_the_folder_of_a_run_stands_for_its_export(both_tasks, golden, tmp_path)
     assert earlier == later
 
 
-def test_an_overlong_model_path_is_told(golden, tmp_path):
+def test_too_long_model_path_raises_user_error(golden, tmp_path):
     settings = golden_settings(golden, tmp_path / "run", model={"path": "x" * 300}, data={"ir": [str(golden / IR)]})
-    with pytest.raises(UserError, match=r"x+\.\.\. cannot be a folder: File name too long"):
+    with pytest.raises(UserError, match=r"x+\.\.\. is not a valid path: File name too long"):
         run(settings, tmp_path)
 
 
-def test_weights_that_cannot_be_read_leave_no_run(golden, tmp_path):
-    """A checkpoint whose params are damaged: found when they are read, before output_dir is made."""
+def test_damaged_weights_raise_user_error_before_output_dir_is_created(golden, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
     for path in (checkpoint / "params" / "d").iterdir():
@@ -273,45 +274,45 @@ def test_weights_that_cannot_be_read_leave_no_run(golden, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_is_not_finite_is_blamed_and_not_the_rate(golden, tmp_path):
+def test_nan_weights_in_the_model_raise_user_error(golden, tmp_path):
     folder = copy_model(golden, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     weights["norm.weight"][3] = np.nan
     save_file(weights, folder / "model.safetensors")
     settings = golden_settings(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
-    with pytest.raises(UserError, match="step 0 .*nothing has been trained yet: look for weights in the model"):
+    with pytest.raises(UserError, match="step 0 .*the model has not been trained yet: check its weights"):
         run(settings, tmp_path)
 
 
-def test_it_is_told_if_a_folder_pooled_otherwise(golden, tmp_path, capsys):
+def test_pooling_other_than_stored_is_logged(golden, tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint"
     hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
     model = {"path": str(checkpoint), "pooling": "last_token"}
     settings = golden_settings(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}, export=False)
     run(settings, tmp_path, "--optimizer.max_steps", "1")
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
-        f"note: model.pooling is last_token, {checkpoint} has mean"
+        f"note: model.pooling is last_token, but {checkpoint} has mean"
     ]
 
 
-DATA_MISTAKES = {
+INVALID_DATA = {
     "missing file": (None, {}, "no such file"),
-    "huge score": ({"task_type": "sts", "positive_scores": [1e39]}, {}, "finite number, at most 1e15"),
-    "wrong score": ({"task_type": "sts", "positive_scores": ["high"]}, {}, r"data.jsonl:1: positive_scores\[0\]"),
-    "empty text": ({"query": ["a", "", " : "]}, {}, "data.jsonl:1: query: the text is empty"),
+    "huge score": ({"task_type": "sts", "positive_scores": [1e39]}, {}, "finite number between -1e15 and 1e15"),
+    "string score": ({"task_type": "sts", "positive_scores": ["high"]}, {}, r"data.jsonl:1: positive_scores\[0\]"),
+    "empty text": ({"query": ["a", "", " : "]}, {}, "data.jsonl:1: query: empty text"),
     "wrong task": ({"task_type": "sts", "positive_scores": [1.0]}, {}, "move it from data.ir to data.sts"),
-    "too small": ({}, {}, "  data: 1 examples, data.ir_global_batch_size is 8"),
-    "fewer than a batch used": ({}, {"max_examples": 1}, "  data: 1 examples, data.ir_global_batch_size is 8"),
-    "no-break spaces": ({"query": ["a", "", "\u00a0\u00a0 \u202f"]}, {}, "data.jsonl:1: query: the text is empty"),
-    "empty negative": ({"negatives": [["", "", "\u00a0"]]}, {}, r"data.jsonl:1: negatives\[0\]: the text is empty"),
-    "odd batch": ({}, {"ir_global_batch_size": 12}, "data.ir_global_batch_size 12 must be a multiple of 8"),
+    "smaller than a batch": ({}, {}, "  data: 1 examples, data.ir_global_batch_size is 8"),
+    "max_examples below a batch": ({}, {"max_examples": 1}, "  data: 1 examples, data.ir_global_batch_size is 8"),
+    "no-break spaces": ({"query": ["a", "", "\u00a0\u00a0 \u202f"]}, {}, "data.jsonl:1: query: empty text"),
+    "empty negative": ({"negatives": [["", "", "\u00a0"]]}, {}, r"data.jsonl:1: negatives\[0\]: empty text"),
+    "uneven batches": ({}, {"ir_global_batch_size": 12}, "data.ir_global_batch_size 12 must be a multiple of 8"),
     "unknown setting": ({}, {"ir_batch": 12}, "settings.yaml:4: data.ir_batch: unknown setting"),
 }
 
 
-@pytest.mark.parametrize("mistake", DATA_MISTAKES)
-def test_data_that_cannot_be_used_is_told(mistake, golden, tmp_path):
-    changes, data, message = DATA_MISTAKES[mistake]
+@pytest.mark.parametrize("name", INVALID_DATA)
+def test_invalid_data_raise_user_error(name, golden, tmp_path):
+    changes, data, message = INVALID_DATA[name]
     path = tmp_path / "data.jsonl"
     if changes is not None:
         path.write_text(first_line(golden / IR, **changes) + "\n", encoding="utf-8")
@@ -325,59 +326,59 @@ DAMAGED = {
     "inputs.json: null": (
         "inputs.json",
         b"null",
-        "config.yaml and inputs.json, which say what run they are of, cannot be read",
+        "config.yaml and inputs.json, which identify the run, cannot be read",
     ),
     "config.yaml: not YAML": (
         "config.yaml",
         b"a: [",
-        "config.yaml and inputs.json, which say what run .* cannot be read",
+        "config.yaml and inputs.json, which identify the run, cannot be read",
     ),
-    "config.yaml: no settings": ("config.yaml", b"1: 2", "holds a run with other settings"),
-    "evaluation.json: cut off": ("evaluation.json", b"{", "evaluation.json: not valid JSON"),
-    "evaluation.json: another": ("evaluation.json", b"{}", "evaluation.json: holds no metrics under `before`"),
-    "evaluation.json: a list": ("evaluation.json", b"[]", "evaluation.json: expected a JSON object"),
+    "config.yaml: no settings": ("config.yaml", b"1: 2", "contains a run with other settings"),
+    "evaluation.json: truncated": ("evaluation.json", b"{", "evaluation.json: not valid JSON"),
+    "evaluation.json: empty object": ("evaluation.json", b"{}", "evaluation.json: has no valid metrics under `before`"),
+    "evaluation.json: list": ("evaluation.json", b"[]", "evaluation.json: expected a JSON object"),
     "evaluation.json: null": ("evaluation.json", b"null", "evaluation.json: expected a JSON object"),
-    "evaluation.json: before null": ("evaluation.json", b'{"before": null}', "holds no metrics under `before`"),
-    "evaluation.json: a text": ("evaluation.json", b'{"before": {"a": "0.5"}}', "holds no metrics under `before`"),
-    "evaluation.json: null for a number": ("evaluation.json", b'{"before": {"a": null}}', "holds no metrics under"),
-    "evaluation.json: true": ("evaluation.json", b'{"before": {"a": true}}', "holds no metrics under `before`"),
-    "evaluation.json: NaN": ("evaluation.json", b'{"before": {"a": NaN}}', "holds no metrics under `before`"),
-    "metrics.jsonl: not text": (
+    "evaluation.json: before null": ("evaluation.json", b'{"before": null}', "has no valid metrics under `before`"),
+    "evaluation.json: string": ("evaluation.json", b'{"before": {"a": "0.5"}}', "has no valid metrics under `before`"),
+    "evaluation.json: null metric": ("evaluation.json", b'{"before": {"a": null}}', "has no valid metrics under"),
+    "evaluation.json: true": ("evaluation.json", b'{"before": {"a": true}}', "has no valid metrics under `before`"),
+    "evaluation.json: NaN": ("evaluation.json", b'{"before": {"a": NaN}}', "has no valid metrics under `before`"),
+    "metrics.jsonl: not UTF-8": (
         "metrics.jsonl",
         b"\xff",
-        "metrics.jsonl: holds 0 of the 4 lines before the checkpoint",
+        "metrics.jsonl: contains only 0 of the 4 lines before the checkpoint",
     ),
-    "checkpoints: a file": ("checkpoints", b"", "checkpoints: is a file or a link, and should be a folder"),
-    "tensorboard: a file": ("tensorboard", b"", "tensorboard: is a file or a link, and should be a folder"),
-    "export: a file": ("export", b"", "export: is not a folder"),
-    "inputs.json: a foreign one": ("inputs.json", b"{}", "inputs.json is not that of a run"),
-    "inputs.json: no inputs": ("inputs.json", b'{"codiemb_jax": 1}', "config.yaml and inputs.json, which say"),
+    "checkpoints: file": ("checkpoints", b"", "checkpoints: expected a folder, found a file or a link"),
+    "tensorboard: file": ("tensorboard", b"", "tensorboard: expected a folder, found a file or a link"),
+    "export: file": ("export", b"", "export: is not a folder"),
+    "inputs.json: no version": ("inputs.json", b"{}", "inputs.json is not from a run of this version"),
+    "inputs.json: no inputs": ("inputs.json", b'{"codiemb_jax": 1}', "config.yaml and inputs.json, which identify"),
     "inputs.json: other inputs": (
         "inputs.json",
         b'{"codiemb_jax": 1, "inputs": {}}',
-        "holds a run with other settings",
+        "contains a run with other settings",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_run_is_not_continued(damage, both_tasks, tmp_path):
+def test_damaged_run_raises_user_error(damage, both_tasks, tmp_path):
     name, content, message = DAMAGED[damage]
     folder = tmp_path / "run"
     shutil.copytree(both_tasks[0], folder)
     if (folder / name).is_dir():
         shutil.rmtree(folder / name)
     (folder / name).write_bytes(content)
-    before = contents(folder)
+    before = snapshot(folder)
     with pytest.raises(UserError, match=message):
         main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
-    assert contents(folder) == before
+    assert snapshot(folder) == before
     assert (folder / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "inputs.json", "metrics.jsonl", "evaluation.json"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
-def test_a_run_whose_files_are_none_is_not_continued(name, kind, both_tasks, tmp_path):
+def test_run_with_irregular_file_raises_user_error(name, kind, both_tasks, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(both_tasks[0], folder)
     (folder / name).rename(tmp_path / name)
@@ -388,122 +389,122 @@ def test_a_run_whose_files_are_none_is_not_continued(name, kind, both_tasks, tmp
         os.mkfifo(folder / name)
     else:
         (folder / name).symlink_to(tmp_path / name)
-    before = contents(folder)
+    before = snapshot(folder)
     with pytest.raises(UserError, match=f"{name}: is not a file"):
         main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
-    assert contents(folder) == before
+    assert snapshot(folder) == before
 
 
-def change_weights(export: Path) -> None:
+def flip_weight_bit(export: Path) -> None:
     content = bytearray((export / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (export / "model.safetensors").write_bytes(content)
 
 
-def forget_exports(output_dir: Path) -> None:
+def remove_export_digests(output_dir: Path) -> None:
     path = output_dir / "inputs.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"exports": []}))
 
 
-FOREIGN_EXPORTS = {
-    "changed weights": lambda folder: change_weights(folder / "export"),
-    "a file added": lambda folder: (folder / "export" / "notes.txt").write_text("mine"),
-    "a file removed": lambda folder: (folder / "export" / "README.md").unlink(),
-    "a folder added": lambda folder: (folder / "export" / "notes").mkdir(),
-    "of another run": forget_exports,
+EXPORT_CHANGES = {
+    "changed weights": lambda folder: flip_weight_bit(folder / "export"),
+    "added file": lambda folder: (folder / "export" / "notes.txt").write_text("mine"),
+    "removed file": lambda folder: (folder / "export" / "README.md").unlink(),
+    "added folder": lambda folder: (folder / "export" / "notes").mkdir(),
+    "export of another run": remove_export_digests,
 }
 
 
-@pytest.mark.parametrize("change", FOREIGN_EXPORTS)
-def test_an_export_that_the_run_has_not_written_stays(change, both_tasks, tmp_path):
+@pytest.mark.parametrize("change", EXPORT_CHANGES)
+def test_changed_export_is_not_replaced(change, both_tasks, tmp_path):
     folder = shutil.copytree(both_tasks[0], tmp_path / "run")
-    FOREIGN_EXPORTS[change](folder)
-    before = contents(folder)
-    with pytest.raises(UserError, match="run/export: exists, and this run has not written it, or it has been changed"):
+    EXPORT_CHANGES[change](folder)
+    before = snapshot(folder)
+    with pytest.raises(UserError, match="run/export: already exists, and was not written by this run or was changed"):
         main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
-    assert contents(folder) == before
+    assert snapshot(folder) == before
 
 
 @pytest.mark.parametrize("target", ["export-elsewhere", "nowhere"])
-def test_an_export_that_is_a_link_stays(target, both_tasks, tmp_path):
+def test_export_that_is_a_link_is_not_replaced(target, both_tasks, tmp_path):
     folder = shutil.copytree(both_tasks[0], tmp_path / "run")
     (folder / "export").rename(tmp_path / "export-elsewhere")
     (folder / "export").symlink_to(tmp_path / target)
-    before = contents(tmp_path)
+    before = snapshot(tmp_path)
     with pytest.raises(UserError, match="run/export: is not a folder"):
         main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
-    assert contents(tmp_path) == before
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("files", [["config.yaml"], ["metrics.jsonl"], ["notes.txt"], [".hidden"], ["inputs.json"],
     ["config.yaml", "inputs.json", "notes.txt"], ["export/README.md"], ["checkpoints/2/notes.txt"], ["evaluation.json"],
     ["tensorboard/events"], ["a", "b", "c", "d", "e", "f", "g"]])  # fmt: skip
 @pytest.mark.parametrize("content", ["", "{}", "seed: 1\n"])
-def test_a_folder_of_other_files_is_no_output_dir(files, content, golden, tmp_path):
+def test_output_dir_with_other_files_raises_user_error(files, content, golden, tmp_path):
     folder = tmp_path / "run"
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
-    before = contents(folder)
-    with pytest.raises(UserError, match="run holds (other )?files"):
+    before = snapshot(folder)
+    with pytest.raises(UserError, match="run contains (other )?files"):
         run(golden_settings(golden, folder, data={"ir": [str(golden / IR)]}), tmp_path)
-    assert contents(folder) == before
+    assert snapshot(folder) == before
 
 
-def test_a_run_with_other_settings_stays(both_tasks, tmp_path):
+def test_run_with_other_settings_raises_user_error(both_tasks, tmp_path):
     folder = shutil.copytree(both_tasks[0], tmp_path / "run")
-    before = contents(folder)
+    before = snapshot(folder)
     for flags in (["--seed", "50"], ["--data.sts", "[]"], ["--optimizer.epochs", "3"], ["--data.max_examples", "16"]):
-        with pytest.raises(UserError, match=rf"holds a run with other settings.*\n  {flags[0][2:]}: was "):
+        with pytest.raises(UserError, match=rf"contains a run with other settings.*\n  {flags[0][2:]}: was "):
             main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder), *flags])
-        assert contents(folder) == before
+        assert snapshot(folder) == before
 
 
-def test_a_run_with_other_settings_stays_even_without_a_checkpoint(both_tasks, tmp_path):
+def test_run_with_other_settings_and_no_checkpoint_raises_user_error(both_tasks, tmp_path):
     folder = shutil.copytree(both_tasks[0], tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "export")
-    before = contents(folder)
-    with pytest.raises(UserError, match=r"holds a run with other settings.*\n  seed: was 49, now 50"):
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=r"contains a run with other settings.*\n  seed: was 49, now 50"):
         main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder), "--seed", "50"])
-    assert contents(folder) == before
+    assert snapshot(folder) == before
 
 
 @pytest.mark.parametrize("exports", [None, 3, "x", {}, [3]])
-def test_a_run_that_does_not_say_what_it_has_exported(exports, both_tasks, tmp_path):
+def test_invalid_export_digests_raise_user_error(exports, both_tasks, tmp_path):
     folder = shutil.copytree(both_tasks[0], tmp_path / "run")
     inputs = json.loads((folder / "inputs.json").read_text())
     (folder / "inputs.json").write_text(json.dumps(inputs | {"exports": exports}))
-    before = contents(folder)
-    with pytest.raises(UserError, match="run/(export: exists, and this run has not written it|inputs.json)"):
+    before = snapshot(folder)
+    with pytest.raises(UserError, match="run/(export: already exists, and was not written by this run|inputs.json)"):
         main(["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(folder)])
-    assert contents(folder) == before
+    assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("kind", ["a file", "below a file", "a link to itself", "a link to nowhere", "a pipe"])
-def test_an_output_dir_that_cannot_be_one(kind, golden, tmp_path):
+@pytest.mark.parametrize("kind", ["file", "below a file", "link to itself", "broken link", "pipe"])
+def test_invalid_output_dir_raises_user_error(kind, golden, tmp_path):
     path = tmp_path / "run"
-    if kind in ("a file", "below a file"):
+    if kind in ("file", "below a file"):
         path.write_text("mine")
-    elif kind == "a pipe":
+    elif kind == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to(tmp_path / ("run" if kind == "a link to itself" else "nowhere"))
-    before = contents(tmp_path)
-    output_dir = path / "below" / "it" if kind == "below a file" else path
+        path.symlink_to(tmp_path / ("run" if kind == "link to itself" else "nowhere"))
+    before = snapshot(tmp_path)
+    output_dir = path / "nested" / "folder" if kind == "below a file" else path
     settings = golden_settings(golden, output_dir, data={"ir": [str(golden / IR)]})
     with pytest.raises(UserError, match="^output_dir: .*run"):
         run(settings, tmp_path)
     (tmp_path / "settings.yaml").unlink()
-    assert contents(tmp_path) == before
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "a/" * 4000 + "b", "a/" + "x" * 256 + "/b"])
-def test_a_path_that_is_too_long(name, golden, tmp_path):
+def test_too_long_path_raises_user_error(name, golden, tmp_path):
     settings = golden_settings(golden, tmp_path / "run" / name, data={"ir": [str(golden / IR)]})
-    with pytest.raises(UserError, match=r"^output_dir: .* cannot be created: File name too long") as caught:
+    with pytest.raises(UserError, match=r"^output_dir: .* cannot be created: File name too long") as error:
         run(settings, tmp_path)
-    assert len(str(caught.value)) < 1000
+    assert len(str(error.value)) < 1000
     for section, key in (("data", "ir"), ("data", "sts"), ("evaluation", "ir"), ("evaluation", "sts")):
         settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
         settings[section] = settings.get(section, {}) | {key: [str(tmp_path / f"{name}.jsonl")]}
@@ -515,33 +516,33 @@ def test_a_path_that_is_too_long(name, golden, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_empty_folder_is_an_output_dir(golden, tmp_path):
+def test_output_dir_may_be_an_empty_folder(golden, tmp_path):
     (tmp_path / "run").mkdir()
     settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]}, export=False)
     assert len(run(settings, tmp_path, "--optimizer.max_steps", "1")) == 1
 
 
-def test_a_model_folder_is_not_its_own_output_dir(golden, tmp_path):
+def test_output_dir_that_overlaps_with_model_raises_user_error(golden, tmp_path):
     folder = copy_model(golden, tmp_path / "model")
-    before = contents(folder)
+    before = snapshot(folder)
     for output_dir in (folder, folder / "runs" / "mine", folder / ".." / "model", tmp_path):
         settings = golden_settings(golden, output_dir, model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
-        with pytest.raises(UserError, match="output_dir: .* contains, or lies in, model.path"):
+        with pytest.raises(UserError, match="output_dir: .* overlaps with model.path"):
             run(settings, tmp_path)
-        assert contents(folder) == before
+        assert snapshot(folder) == before
     assert {path.name for path in tmp_path.iterdir()} == {"model", "settings.yaml"}
 
 
 @pytest.mark.parametrize("model", ["run/export", "run", "run/checkpoints/4", "link"])
-def test_a_run_does_not_train_what_it_has_written(model, both_tasks, golden, tmp_path):
+def test_model_in_output_dir_raises_user_error(model, both_tasks, golden, tmp_path):
     folder = shutil.copytree(both_tasks[0], tmp_path / "run")
     (tmp_path / "link").symlink_to(folder / "export")
-    before = contents(folder)
+    before = snapshot(folder)
     path = tmp_path / model
     settings = golden_settings(golden, folder, model={"path": str(path)}, data={"ir": [str(golden / IR)]})
-    with pytest.raises(UserError, match="output_dir: .* contains, or lies in, model.path"):
+    with pytest.raises(UserError, match="output_dir: .* overlaps with model.path"):
         run(settings, tmp_path)
-    assert contents(folder) == before
+    assert snapshot(folder) == before
 
 
 FILES_IN_OUTPUT_DIR = ["run/news.jsonl", "run/export/news.jsonl", "linked.jsonl"]
@@ -549,41 +550,41 @@ FILES_IN_OUTPUT_DIR = ["run/news.jsonl", "run/export/news.jsonl", "linked.jsonl"
 
 @pytest.mark.parametrize("setting", ["data.ir", "evaluation.ir"])
 @pytest.mark.parametrize(
-    ("place", "finished_run"),
-    [*((place, done) for place in FILES_IN_OUTPUT_DIR for done in (False, True)), *((f, False) for f in ("run", "."))],
+    ("path", "finished_run"),
+    [*((path, done) for path in FILES_IN_OUTPUT_DIR for done in (False, True)), *((f, False) for f in ("run", "."))],
 )
-def test_data_do_not_lie_in_output_dir(setting, place, finished_run, both_tasks, golden, tmp_path):
+def test_data_that_overlap_with_output_dir_raise_user_error(setting, path, finished_run, both_tasks, golden, tmp_path):
     folder = tmp_path / "run"
     if finished_run:
         shutil.copytree(both_tasks[0], folder)
     (folder / "export").mkdir(parents=True, exist_ok=True)
     for data in (folder, folder / "export"):
         shutil.copy(golden / IR, data / "news.jsonl")
-    if place == "linked.jsonl":
-        (tmp_path / place).symlink_to(folder / "news.jsonl")
-    before = contents(folder)
+    if path == "linked.jsonl":
+        (tmp_path / path).symlink_to(folder / "news.jsonl")
+    before = snapshot(folder)
     section, key = setting.split(".")
     settings = golden_settings(golden, folder, data={"ir": [str(golden / IR)]})
-    settings[section] = settings.get(section, {}) | {key: [str(tmp_path / place)]}
-    with pytest.raises(UserError, match=f"output_dir: .* contains, or lies in, {setting} "):
+    settings[section] = settings.get(section, {}) | {key: [str(tmp_path / path)]}
+    with pytest.raises(UserError, match=f"output_dir: .* overlaps with {setting} "):
         run(settings, tmp_path)
-    assert contents(folder) == before
+    assert snapshot(folder) == before
 
 
-def test_a_mistake_ends_the_program_with_2_and_one_message(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
+def test_user_error_exits_with_code_2_and_one_message(tmp_path, capsys):
+    with pytest.raises(SystemExit) as system_exit:
         run_program(lambda: main(["--config", str(tmp_path / "absent.yaml")]))
-    assert exit_.value.code == 2
+    assert system_exit.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "absent.yaml" in error
     assert "Traceback" not in error
 
 
-def test_chunks_take_the_same_steps(golden, tmp_path):
+def test_trajectory_in_chunks_matches_original(golden, tmp_path):
     data = {"ir": [str(golden / IR)], "ir_global_batch_size": 8}
     expected = json.loads((golden / "trajectory_ir.json").read_text())
-    # Eight devices hold a query each, so chunks need a mesh that puts more on one.
+    # With tensor parallelism, four row shards have two queries each, one per chunk.
     settings = golden_settings(golden, tmp_path / "run", data=data, mesh={"tensor": 2}, encode_chunks=2, export=False)
     settings["optimizer"]["max_steps"] = 3
     lines = run(settings, tmp_path, "--optimizer.schedule", "constant")
@@ -591,23 +592,23 @@ def test_chunks_take_the_same_steps(golden, tmp_path):
 
 
 @pytest.mark.timeout(120)
-def test_a_named_pipe_is_no_data_file(golden, tmp_path):
+def test_named_pipe_as_data_raises_user_error(golden, tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for section, key in (("data", "ir"), ("evaluation", "sts")):
         settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
         settings[section] = settings.get(section, {}) | {key: [str(tmp_path / "pipe.jsonl")]}
-        with pytest.raises(UserError, match=rf"{section}.{key}:\n  .*pipe.jsonl: is neither a file nor a folder"):
+        with pytest.raises(UserError, match=rf"{section}.{key}:\n  .*pipe.jsonl: not a file or folder"):
             run(settings, tmp_path)
-    # In a folder it is no file, like all that is not called .json or .jsonl.
+    # In a folder, pipes are skipped like files with other extensions.
     settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(tmp_path / "folder")]})
     (tmp_path / "folder").mkdir()
     (tmp_path / "pipe.jsonl").rename(tmp_path / "folder" / "pipe.jsonl")
-    with pytest.raises(UserError, match="folder: the folder holds no .json or .jsonl file"):
+    with pytest.raises(UserError, match="folder: the folder contains no .json or .jsonl files"):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_data_file_under_two_names(golden, tmp_path):
+def test_data_file_listed_twice_raises_user_error(golden, tmp_path):
     shutil.copy(golden / IR, tmp_path / "a.jsonl")
     (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "a.jsonl")
     (tmp_path / "soft.jsonl").symlink_to(tmp_path / "a.jsonl")
@@ -615,18 +616,19 @@ def test_the_same_data_file_under_two_names(golden, tmp_path):
         for other in ("a.jsonl", "hard.jsonl", "soft.jsonl", "../" + tmp_path.name + "/a.jsonl"):
             settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]})
             settings[setting] = settings.get(setting, {}) | {"ir": [str(tmp_path / "a.jsonl"), str(tmp_path / other)]}
-            with pytest.raises(UserError, match=rf"{setting}.ir:\n  .*a.jsonl and .*{other}: the same file 2 times"):
+            message = rf"{setting}.ir:\n  .*a.jsonl and .*{other}: the same file is listed 2 times"
+            with pytest.raises(UserError, match=message):
                 run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_data_sets_with_one_stem_are_told_apart_and_meta_data_is_not_read(golden, tmp_path):
+def test_datasets_with_the_same_stem_have_unique_names_and_meta_data_is_ignored(golden, tmp_path):
     texts = (golden / IR).read_text(encoding="utf-8").splitlines()
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "a.json").write_text("\n".join(texts), encoding="utf-8")
-    described = [json.dumps(json.loads(text) | {"meta_data": {"source": [i, None]}}) for i, text in enumerate(texts)]
-    (folder / "a.jsonl").write_text("\n".join(described), encoding="utf-8")
+    with_meta = [json.dumps(json.loads(text) | {"meta_data": {"source": [i, None]}}) for i, text in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n".join(with_meta), encoding="utf-8")
     evaluation = {"ir": [str(folder)]}
     settings = golden_settings(
         golden, tmp_path / "run", data={"ir": [str(folder)]}, evaluation=evaluation, export=False
@@ -637,7 +639,7 @@ def test_data_sets_with_one_stem_are_told_apart_and_meta_data_is_not_read(golden
     metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())["before"]
     assert metrics.keys() == {"a.json nDCG@10", "a.jsonl nDCG@10"}
     assert metrics["a.json nDCG@10"] == metrics["a.jsonl nDCG@10"]
-    # Each is one batch of the same eight queries, and at learning rate 0 the model is the same.
+    # Each dataset is one batch of the same eight queries, and the model does not change at learning rate 0.
     assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-5)
 
 
@@ -645,23 +647,21 @@ BASELINES = {("ir", "cosent"): ["cosent"], ("sts", "info_nce"): ["info_nce"], ("
 
 
 @pytest.mark.parametrize(("task", "objective"), BASELINES)
-def test_the_baselines_of_the_paper_train(task, objective, golden, tmp_path):
+def test_baselines_of_the_paper_train(task, objective, golden, tmp_path):
     data = {task: [str(golden / {"ir": IR, "sts": STS}[task])]}
     settings = golden_settings(golden, tmp_path / "run", data=data, objective={task: objective}, export=False)
     settings["optimizer"] |= {"max_steps": 2, "warmup_steps": 0}
     lines = run(settings, tmp_path)
     assert [line["step"] for line in lines] == [0, 1]
-    common = ["step", "epoch", "task", "dataset", "loss"]
-    rest = ["grad_norm", "learning_rate", "tokens", "computed_tokens", "seconds"]
     for line in lines:
-        assert sorted(line) == sorted(common + BASELINES[task, objective] + rest)
+        assert sorted(line) == sorted(METRICS + BASELINES[task, objective])
         assert line["loss"] == line[objective]
         assert all(math.isfinite(line[name]) for name in ("loss", "grad_norm", objective))
         assert line["grad_norm"] > 0
     assert lines[0]["loss"] != lines[1]["loss"]
 
 
-def test_cosent_of_retrieval_needs_negatives_in_the_data(golden, tmp_path):
+def test_ir_cosent_without_negatives_raises_user_error(golden, tmp_path):
     path = tmp_path / "bare.jsonl"
     records = [json.loads(text) | {"negatives": []} for text in (golden / IR).read_text(encoding="utf-8").splitlines()]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -670,29 +670,29 @@ def test_cosent_of_retrieval_needs_negatives_in_the_data(golden, tmp_path):
     with pytest.raises(UserError, match="objective.ir: cosent compares positives with negatives, .* in:\n  bare$"):
         run(settings, tmp_path)
     settings["data"]["negatives_per_query"] = 0
-    with pytest.raises(UserError, match="objective.ir: cosent .*: set data.negatives_per_query"):
+    with pytest.raises(UserError, match="objective.ir: cosent .*; set data.negatives_per_query"):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_max_examples_caps_each_data_set(golden, tmp_path):
+def test_max_examples_limits_each_dataset(golden, tmp_path):
     data = {"sts": [str(golden / STS)], "sts_global_batch_size": 8, "max_examples": 8}
     settings = golden_settings(golden, tmp_path / "run", data=data, export=False)
     settings["optimizer"] = {"learning_rate": 0, "epochs": 3}
-    lines = run(settings, tmp_path)  # of 16 pairs, which make two batches, one is left
+    lines = run(settings, tmp_path)  # one batch of 8 pairs per epoch instead of two
     assert [line["epoch"] for line in lines] == [0, 1, 2]
-    assert len({line["tokens"] for line in lines}) == 1  # always the same eight
+    assert len({line["tokens"] for line in lines}) == 1  # the same 8 pairs in every epoch
 
 
 @pytest.fixture
 def finished(both_tasks, tmp_path) -> tuple[Path, list[str]]:
-    """A copy of a finished run's folder, and the arguments that continue it."""
+    """A copy of the folder of a finished run, and the arguments that continue it."""
     shutil.copytree(both_tasks[0], tmp_path / "run")
     return tmp_path / "run", ["--config", str(both_tasks[0] / "config.yaml"), "--output_dir", str(tmp_path / "run")]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "inputs.json", "evaluation.json", "config.yaml"])
-def test_a_link_with_the_name_of_a_temporary_file_is_left_alone(name, finished, tmp_path):
+def test_link_named_like_a_temporary_file_is_not_followed(name, finished, tmp_path):
     folder, arguments = finished
     (tmp_path / "mine").write_text("mine")
     (folder / f"{name}.tmp").symlink_to(tmp_path / "mine")
@@ -702,7 +702,7 @@ def test_a_link_with_the_name_of_a_temporary_file_is_left_alone(name, finished, 
     assert not (folder / name).is_symlink()
 
 
-def test_what_looks_like_an_unfinished_export_is_left_alone(finished):
+def test_folder_named_like_an_unfinished_export_is_kept(finished):
     folder, arguments = finished
     (folder / ".export.unfinished").mkdir()
     (folder / ".export.unfinished" / "mine").write_text("mine")
@@ -711,17 +711,17 @@ def test_what_looks_like_an_unfinished_export_is_left_alone(finished):
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
-def test_a_folder_that_is_a_link_is_not_written_through(name, finished, tmp_path):
+def test_link_to_a_folder_is_not_followed(name, finished, tmp_path):
     folder, arguments = finished
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    before = content_of(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"{name}: is a file or a link, and should be a folder"):
+    before = read_files(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}: expected a folder, found a file or a link"):
         main(arguments)
-    assert content_of(tmp_path / "elsewhere") == before
+    assert read_files(tmp_path / "elsewhere") == before
 
 
-def test_a_folder_among_the_checkpoints_that_is_none_is_not_deleted(finished):
+def test_other_folder_among_checkpoints_is_not_deleted(finished):
     folder, arguments = finished
     (folder / "checkpoints" / "0").mkdir()
     (folder / "checkpoints" / "0" / "mine").write_text("mine")
@@ -730,39 +730,39 @@ def test_a_folder_among_the_checkpoints_that_is_none_is_not_deleted(finished):
     assert (folder / "checkpoints" / "0" / "mine").read_text() == "mine"
 
 
-SPOILT = {
-    "cut off": lambda content: content[:-3],
-    "cut in half": lambda content: content[: len(content) // 2],
+METRICS_DAMAGE = {
+    "last bytes missing": lambda content: content[:-3],
+    "second half missing": lambda content: content[: len(content) // 2],
     "UTF-16": lambda content: content.decode().encode("utf-16"),
-    "two lines exchanged": lambda content: b"".join(content.splitlines(keepends=True)[i] for i in (1, 0, 2, 3)),
+    "two lines swapped": lambda content: b"".join(content.splitlines(keepends=True)[i] for i in (1, 0, 2, 3)),
 }
 
 
-@pytest.mark.parametrize("how", SPOILT)
-def test_damaged_lines_of_metrics_are_not_kept(how, finished):
+@pytest.mark.parametrize("damage", METRICS_DAMAGE)
+def test_damaged_metrics_raise_user_error(damage, finished):
     folder, arguments = finished
     path = folder / "metrics.jsonl"
-    path.write_bytes(spoilt := SPOILT[how](path.read_bytes()))
-    with pytest.raises(UserError, match=r"metrics.jsonl: holds [0-3] of the 4 lines before the checkpoint"):
+    path.write_bytes(damaged := METRICS_DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(UserError, match=r"metrics.jsonl: contains only [0-3] of the 4 lines before the checkpoint"):
         main(arguments)
-    assert path.read_bytes() == spoilt
+    assert path.read_bytes() == damaged
 
 
-def test_weights_that_the_last_update_made_nan_are_neither_saved_nor_exported(golden, tmp_path):
+def test_nonfinite_weights_are_not_saved_or_exported(golden, tmp_path):
     folder = copy_model(golden, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
-    weights["embed_tokens.weight"][-1] = 1e30  # of a token that no text has
+    weights["embed_tokens.weight"][-1] = 1e30  # embedding of a token that is in no text
     save_file(weights, folder / "model.safetensors")
     settings = golden_settings(golden, tmp_path / "run", model={"path": str(folder)}, data={"ir": [str(golden / IR)]})
     settings["optimizer"] = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e15, "weight_decay": 1e15}
-    with pytest.raises(UserError, match="step 0: its update made weights NaN or infinite; lower optimizer.learning"):
+    with pytest.raises(UserError, match="step 0: the update made weights NaN or infinite; lower optimizer.learning"):
         run(settings, tmp_path)
     assert not (tmp_path / "run" / "export").exists()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_continued_run_takes_all_weights_from_its_checkpoint(golden, tmp_path):
-    """Also those that training passes through, although the model's folder has others by then."""
+def test_resumed_run_uses_passthrough_weights_of_its_checkpoint(golden, tmp_path):
+    """The weights in the model's folder have changed since."""
     folder = copy_model(golden, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     head = np.full((2000, 96), 2, np.float32)
@@ -775,22 +775,22 @@ def test_a_continued_run_takes_all_weights_from_its_checkpoint(golden, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     save_file(weights | {"lm_head.weight": head * 7}, folder / "model.safetensors")
     run(settings, tmp_path)
-    found = load_file(tmp_path / "run" / "export" / "model.safetensors")["lm_head.weight"]
-    assert found.tobytes() == head.tobytes()
+    exported = load_file(tmp_path / "run" / "export" / "model.safetensors")["lm_head.weight"]
+    assert exported.tobytes() == head.tobytes()
 
 
-@pytest.mark.parametrize("where", ["data", "run"])
-def test_a_cache_where_the_run_reads_or_writes_raises_user_error(where, golden, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["data", "run"])
+def test_cache_inside_data_or_output_dir_raises_user_error(folder, golden, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     shutil.copy(golden / IR, tmp_path / "data")
-    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / where / "cache"))
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / folder / "cache"))
     settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(tmp_path / "data")]})
-    with pytest.raises(UserError, match=f"the cache .* lies in {tmp_path / where}; set CODIEMB_JAX_CACHE"):
+    with pytest.raises(UserError, match=f"the cache .* is inside {tmp_path / folder}; set CODIEMB_JAX_CACHE"):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_cache_raises_user_error(golden, tmp_path, monkeypatch):
+def test_damaged_cache_raises_user_error(golden, tmp_path, monkeypatch):
     monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / "cache"))
     settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / IR)]}, export=False)
     settings["optimizer"] = {"max_steps": 1}
@@ -799,9 +799,9 @@ def test_a_damaged_cache_raises_user_error(golden, tmp_path, monkeypatch):
     for pattern in ("index.npz", "**/*.array_record*", "**/dataset_info.json"):
         (path,) = prepared.glob(pattern)
         content = path.read_bytes()
-        for spoilt in (b"", content[: len(content) // 2]):
-            path.write_bytes(spoilt)
-            settings["output_dir"] = str(tmp_path / f"run {pattern[-4:]} {len(spoilt)}")
-            with pytest.raises(UserError, match=f"{prepared}: the prepared data set is damaged .*; delete the folder"):
+        for damaged in (b"", content[: len(content) // 2]):
+            path.write_bytes(damaged)
+            settings["output_dir"] = str(tmp_path / f"run {pattern[-4:]} {len(damaged)}")
+            with pytest.raises(UserError, match=f"{prepared}: the prepared dataset is damaged .*; delete the folder"):
                 run(settings, tmp_path)
         path.write_bytes(content)

@@ -1,1 +1,1 @@
-"""Model folders in and out: Hugging Face folders and Orbax checkpoints."""
+"""Reading and writing models: Hugging Face folders and Orbax checkpoints."""

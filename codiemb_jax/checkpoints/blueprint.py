@@ -1,4 +1,4 @@
-"""All of a model folder but the values of its weights: enough to build the model and to write it again."""
+"""Everything in a model folder except the weights: enough to build the model and to export it."""
 
 import base64
 import binascii
@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedTokenizerFast
 
-from codiemb_jax.checkpoints.safetensors import NUMPY_TYPES
+from codiemb_jax.checkpoints.safetensors import NUMPY_DTYPES
 from codiemb_jax.config import ModelSettings, Positive, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import is_bare_name, is_unicode
-from codiemb_jax.text.prompts import tokenizing
+from codiemb_jax.text.prompts import tokenizer_errors
 from codiemb_jax.text.sentence import SentencePrompts
 
 VERSION: Literal[2] = 2
-"""Raised when what a blueprint holds changes."""
+"""Increased when the fields of a blueprint change."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -27,12 +27,12 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 ENCODING = ("attention", "pooling", "normalize", "projection_dim")
-"""Settings of a model without which its vectors could not be made again."""
+"""Model settings on which the embeddings depend."""
 
 
 def _tokenizer_file(name: str) -> str:
     if name not in TOKENIZER_FILES:
-        raise ValueError(f"is none of a tokenizer's files, {', '.join(TOKENIZER_FILES)}")
+        raise ValueError(f"is not a tokenizer file; expected one of {', '.join(TOKENIZER_FILES)}")
     return name
 
 
@@ -43,8 +43,8 @@ def _code_file(name: str) -> str:
 
 
 def _dtype(name: str) -> str:
-    if name not in NUMPY_TYPES:
-        raise ValueError(f"is none of {', '.join(NUMPY_TYPES)}")
+    if name not in NUMPY_DTYPES:
+        raise ValueError(f"is not one of {', '.join(NUMPY_DTYPES)}")
     return name
 
 
@@ -61,51 +61,52 @@ EncodingFields = {name: ModelSettings.model_fields[name] for name in ENCODING}
 
 
 class Blueprint(BaseModel):
-    """Kept inside every Orbax checkpoint, so that a checkpoint alone can be exported."""
+    """Stored in every Orbax checkpoint, so that a checkpoint can be exported on its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[2] = VERSION
     config: dict[str, Any]
-    """config.json as it came."""
+    """The original config.json."""
     prefix: str
-    """What stands before the base model's weight names in the folder: the family's prefix, or nothing."""
+    """Prefix of the base model's weight names in the folder: that of the family, or empty."""
     dtypes: dict[str, Annotated[str, AfterValidator(_dtype)]]
-    """Type of each weight as it came, by its full name in the folder (safetensors' spelling)."""
+    """Original dtype of each weight as safetensors spells it, by its full name in the folder."""
     files: dict[Annotated[str, AfterValidator(_tokenizer_file)], Content]
-    """The tokenizer's files, base64."""
+    """The tokenizer files, base64."""
     code: dict[Annotated[str, AfterValidator(_code_file)], Content]
-    """Python files of the folder, base64: carried along for those who want them, never run."""
+    """Python files of the folder, base64. They are passed through and never run."""
     max_tokens: Positive
-    """Longest text in tokens."""
+    """Maximum number of tokens per text."""
     encoding: dict[str, Any]
-    """How the model encodes: the fields of `ModelSettings` that `ENCODING` names."""
+    """The fields of `ModelSettings` in `ENCODING`."""
     prompt: PromptSettings | None
-    """How training makes tokens of texts; None: as `sentence` says."""
+    """How training tokenizes texts; None if `sentence` applies."""
     sentence: SentencePrompts | None
-    """How sentence-transformers makes tokens of texts, in a folder that it describes; None: as `prompt` says."""
+    """How sentence-transformers tokenizes texts in a folder with its files; None if `prompt` applies."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Blueprint":
         if (self.prompt is None) == (self.sentence is None):
             raise ValueError("exactly one of prompt and sentence must be null")
         if "tokenizer.json" not in self.files:
-            raise ValueError("files must hold tokenizer.json")
+            raise ValueError("files must contain tokenizer.json")
         if set(self.encoding) != set(ENCODING):
-            raise ValueError(f"encoding must hold {', '.join(ENCODING)} and nothing else")
+            raise ValueError(f"encoding must contain exactly {', '.join(ENCODING)}")
         ModelSettings.model_validate({"path": "-", **self.encoding})
         return self
 
     @classmethod
     def from_json(cls, fields: Any) -> "Blueprint":
-        """
+        """Validates the fields of a blueprint.
+
         Raises:
-          UserError: another version of this project wrote it, or a field cannot be used.
+          UserError: If it was written by another version of this project, or a field is invalid.
         """
         if not isinstance(fields, Mapping) or fields.get("version") != VERSION:
             raise UserError("was written by another version of codiemb_jax")
         if not is_unicode(fields):
-            raise UserError("the blueprint holds half a surrogate pair (\\ud800 to \\udfff)")
+            raise UserError("the blueprint contains an unpaired surrogate (\\ud800 to \\udfff)")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -114,24 +115,24 @@ class Blueprint(BaseModel):
                 f"{shorten(repr(problem['input']))}"
                 for problem in error.errors()
             ]
-            raise UserError("the blueprint cannot be used:\n" + format_problems(problems)) from error
+            raise UserError("invalid blueprint:\n" + format_problems(problems)) from error
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer; no code of the folder is looked at.
+        """Loads the tokenizer, without running any code of the folder.
 
         Raises:
-          UserError: its files cannot be used.
+          UserError: If its files are invalid.
         """
         with tempfile.TemporaryDirectory() as folder:
             write_files(Path(folder), self.files)
-            with tokenizing():
+            with tokenizer_errors():
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        if not isinstance(longest := tokenizer.model_max_length, int | float):
-            raise UserError(f"tokenizer_config.json: model_max_length: expected a number, found {longest!r}")
+        if not isinstance(max_length := tokenizer.model_max_length, int | float):
+            raise UserError(f"tokenizer_config.json: model_max_length: expected a number, found {max_length!r}")
         return tokenizer
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes files that were kept as base64."""
+    """Writes files stored as base64."""
     for name, content in files.items():
         (folder / name).write_bytes(base64.b64decode(content))

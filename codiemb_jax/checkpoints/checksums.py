@@ -1,4 +1,4 @@
-"""A checksum of an array that does not depend on how it is sharded, and notices any changed element."""
+"""Checksums of arrays that detect any changed element and do not depend on the sharding."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 CHUNK = 2**22
-"""Elements of a NumPy array that are summed at a time."""
+"""Number of elements of a NumPy array to sum at a time."""
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """MurmurHash3's finalizer, uint32: different inputs give different outputs."""
+    """The finalizer of MurmurHash3, uint32: a bijection."""
     x ^= x >> 16
     x *= jnp.uint32(0x85EBCA6B)
     x ^= x >> 13
@@ -20,9 +20,9 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def _sums(words: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
-    """Two sums, uint32 [2], over words mixed with their indices in C order, which begin at `offset`.
+    """Returns two sums, uint32 [2], over the words, each mixed with its index in C order plus `offset`.
 
-    A sum modulo 2**32 is the same in any order, and so on any number of devices.
+    A sum modulo 2**32 does not depend on the order of its terms, and so not on the number of devices.
     """
     index = jnp.asarray(offset, jnp.uint32)
     for axis, size in enumerate(words.shape):
@@ -36,25 +36,25 @@ def _sums(words: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
-def _of_arrays(tree: Any) -> Any:
-    def of_array(x: jax.Array) -> jax.Array:
+def _tree_sums(tree: Any) -> Any:
+    def array_sums(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.uint8) if x.dtype == bool else x
         return _sums(jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]))
 
-    return jax.tree.map(of_array, tree)
+    return jax.tree.map(array_sums, tree)
 
 
-_of_arrays_jitted = jax.jit(_of_arrays)
+_tree_sums_jitted = jax.jit(_tree_sums)
 _sums_jitted = jax.jit(_sums)
 
 
 def tree_checksums(tree: Any) -> Any:
-    """The checksum of every array of a tree (elements of at most four bytes), wherever its parts are: hex digits."""
-    return jax.tree.map(_hex, jax.device_get(_of_arrays_jitted(tree)))
+    """Returns the checksum of each array in a tree, in hex. Elements may have at most four bytes."""
+    return jax.tree.map(_hex, jax.device_get(_tree_sums_jitted(tree)))
 
 
 def array_checksum(array: np.ndarray) -> str:
-    """The same of a NumPy array; elements of eight bytes count as two."""
+    """Returns the checksum of a NumPy array, in hex. An element of eight bytes counts as two words."""
     array = np.ascontiguousarray(array).reshape(-1)
     words = array.view(np.uint32 if array.itemsize == 8 else _UNSIGNED[array.itemsize])
     total = np.zeros(2, np.uint32)

@@ -1,4 +1,4 @@
-"""Parameters + blueprint -> a Hugging Face folder that sentence-transformers loads without remote code."""
+"""Writes a Hugging Face folder that sentence-transformers loads without remote code."""
 
 import json
 from collections import Counter
@@ -11,9 +11,9 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax.checkpoints.blueprint import Blueprint, write_files
-from codiemb_jax.checkpoints.families import family_of
+from codiemb_jax.checkpoints.families import get_family
 from codiemb_jax.checkpoints.families.family import Family
-from codiemb_jax.checkpoints.safetensors import NUMPY_TYPES, write_weights
+from codiemb_jax.checkpoints.safetensors import NUMPY_DTYPES, write_weights
 from codiemb_jax.checkpoints.sentence_transformers import write_modules
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.errors import UserError
@@ -23,12 +23,12 @@ from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.text.prompts import PromptTokenizer, prompt_texts
 from codiemb_jax.text.sentence import SentencePrompts
 
-_LONG = (
+_LONG_TEXT = (
     "The committee met in the spring to settle the budget of the coming year, heard the reports of the three working "
     "groups on roads, schools and water, and put off the vote on the new bridge until the engineers had answered the "
     "questions that the neighbouring towns had raised about its height, its cost and the traffic it would bring. "
 )
-PROBES = (
+PROBE_TEXTS = (
     "what is the capital of France",
     "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
     "How do I reset my password?",
@@ -36,26 +36,26 @@ PROBES = (
     "怎样更换自行车的内胎？",
     "“Quoted”, (bracketed) and C++20",
     "Überraschend schöne Straßen führen über den Pass",
-    _LONG.strip(),
-    (8 * _LONG).strip(),
+    _LONG_TEXT.strip(),
+    (8 * _LONG_TEXT).strip(),
 )
-"""Texts over which an export is tried; the longest has some 500 tokens, for short ones hide errors of RoPE."""
+"""Texts for testing an export. The longest has about 500 tokens because short texts hide RoPE errors."""
 
 
 def check_exportable(blueprint: Blueprint) -> None:
-    """Checks that an export would encode as the model does.
+    """Checks that the model can be exported without changing its embeddings.
 
     Raises:
-      UserError: sentence-transformers would make other vectors than ours.
+      UserError: If sentence-transformers would compute other embeddings.
     """
     if blueprint.prompt is None or blueprint.prompt.include_in_pooling:
         return
-    begins = [f"prompt.{name}" for name in ("begin", "query", "passage") if getattr(blueprint.prompt, name)]
-    if blueprint.encoding["pooling"] == "weighted_mean" and begins:
+    prefixes = [f"prompt.{name}" for name in ("begin", "query", "passage") if getattr(blueprint.prompt, name)]
+    if blueprint.encoding["pooling"] == "weighted_mean" and prefixes:
         raise UserError(
-            "model.pooling: weighted_mean cannot be exported with prompts that it leaves out: sentence-transformers "
-            "counts the weights 1, 2, 3 … from the prompt's first token, we from the content's; set "
-            f"{' and '.join(begins)} to nothing, or prompt.include_in_pooling to true, or export to false"
+            "model.pooling: weighted_mean cannot be exported with prompts excluded from pooling: sentence-transformers "
+            "counts the weights 1, 2, 3 … from the start of the prompt, this project from the start of the text; set "
+            f"{' and '.join(prefixes)} to '', prompt.include_in_pooling to true, or export to false"
         )
 
 
@@ -64,82 +64,87 @@ def write_export(
 ) -> None:
     """Writes a new folder, completely or not at all.
 
-    stock: as the architecture that transformers itself knows (utu becomes Qwen3); else config.json and the
-    model's own code files stay as they came.
+    Args:
+      folder: The folder to create.
+      params: The parameters.
+      passthrough: Weights that the encoder does not use, by name.
+      blueprint: Everything else.
+      stock: Whether to use an equivalent architecture that transformers supports natively (utu becomes Qwen3).
+        Otherwise the architecture in config.json and the Python files of the original folder are kept.
 
     Raises:
-      UserError: the folder exists or cannot be written, or the model cannot be exported.
+      UserError: If the folder exists or cannot be written, or the model cannot be exported.
     """
     check_exportable(blueprint)
-    with new_folder(folder) as made:
-        made.mkdir()
-        _write_folder(made, params, passthrough, blueprint, stock)
+    with new_folder(folder) as new:
+        new.mkdir()
+        _write_folder(new, params, passthrough, blueprint, stock)
 
 
 def _write_folder(
     folder: Path, params: Params, passthrough: Mapping[str, Any], blueprint: Blueprint, stock: bool
 ) -> None:
-    family = family_of(blueprint.config)
+    family = get_family(blueprint.config)
     write_weights(folder, params, passthrough, family.weights, blueprint.prefix, blueprint.dtypes)
     config = blueprint.config
-    if stock:  # what transformers itself knows needs no code
+    if stock:  # no remote code needed
         config = {name: value for name, value in family.stock(config).items() if name != "auto_map"}
-    write_json(folder / "config.json", _described(config, blueprint, family))
+    write_json(folder / "config.json", _config_for_export(config, blueprint, family))
     if not stock:
         write_files(folder, blueprint.code)
     sentence = sentence_prompts(blueprint)
     write_files(folder, blueprint.files)
     if blueprint.prompt is not None:
-        _change_tokenizer(folder, blueprint, blueprint.prompt)
+        _adapt_tokenizer(folder, blueprint, blueprint.prompt)
     dim = int(params["embedding"].shape[-1])
     pooling, normalize = (blueprint.encoding[name] for name in ("pooling", "normalize"))
     projection = params.get("projection")
     dim = write_modules(folder, dim, pooling, normalize, projection, sentence.include_prompt)
     _write_sentence_transformers(folder, blueprint, sentence)
-    (folder / "README.md").write_text(_card(blueprint, family, sentence, dim), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(blueprint, family, sentence, dim), encoding="utf-8")
 
 
 def sentence_prompts(blueprint: Blueprint) -> SentencePrompts:
-    """How an export makes tokens of texts, in sentence-transformers' words."""
+    """Returns the prompts of an export, as sentence-transformers represents them."""
     if blueprint.sentence is not None:
         return blueprint.sentence
     assert blueprint.prompt is not None
-    # Of all tokens cls and last_token take one, and a weighted mean is exported with the prompt or without any.
+    # cls and last_token select one of all tokens; a weighted mean is exported only if no prompt is excluded.
     include = blueprint.prompt.include_in_pooling or blueprint.encoding["pooling"] != "mean"
     return SentencePrompts(prompts=prompt_texts(blueprint.prompt), include_prompt=include)
 
 
-def _described(config: dict[str, Any], blueprint: Blueprint, family: Family) -> dict[str, Any]:
-    """config.json as it fits the weights that are written, and a decoder's direction of attention in both spellings:
-    `is_causal` for transformers, the other for vLLM and TEI.
+def _config_for_export(config: dict[str, Any], blueprint: Blueprint, family: Family) -> dict[str, Any]:
+    """Returns config.json with the dtype of most weights and the attention of a decoder.
 
-    The weights' type is that of most of them; it stands under the name that the config came with.
+    The attention has two keys: `is_causal` for transformers, `use_bidirectional_attention` for vLLM and TEI.
     """
-    most, _ = Counter(blueprint.dtypes.values()).most_common(1)[0]
-    spelling = "dtype" if "dtype" in config else "torch_dtype"
+    most_common, _ = Counter(blueprint.dtypes.values()).most_common(1)[0]
+    dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     bidirectional = blueprint.encoding["attention"] == "bidirectional"
-    config = {name: value for name, value in config.items() if name != "quantization_config"}  # weights are plain
+    # The weights are not quantized.
+    config = {name: value for name, value in config.items() if name != "quantization_config"}
     if family.model is Decoder:
         config |= {"is_causal": not bidirectional, "use_bidirectional_attention": bidirectional}
-    return config | {spelling: NUMPY_TYPES[most].name}
+    return config | {dtype_key: NUMPY_DTYPES[most_common].name}
 
 
-def _change_tokenizer(folder: Path, blueprint: Blueprint, prompt: PromptSettings) -> None:
-    """Changes the tokenizer in `folder` so that it adds the end token, and nothing else, by itself."""
+def _adapt_tokenizer(folder: Path, blueprint: Blueprint, prompt: PromptSettings) -> None:
+    """Changes the tokenizer in `folder` to append the end tokens and nothing else."""
     tokenizer = blueprint.tokenizer()
     end_ids = tokenizer(prompt.end, add_special_tokens=False)["input_ids"]
     backend = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    backend |= {"post_processor": _appends(tokenizer, end_ids), "truncation": None, "padding": None}
-    if not prompt.include_in_pooling and _blank_merges(tokenizer, prompt):
-        # sentence-transformers takes as many tokens for the prompt as the prompt alone has.  The blank at its end
-        # is a token there, but part of the text's first word in front of a text.
+    backend |= {"post_processor": _append_end_tokens(tokenizer, end_ids), "truncation": None, "padding": None}
+    if not prompt.include_in_pooling and _merges_prompt_space(tokenizer, prompt):
+        # sentence-transformers counts the tokens of the prompt alone. There, the space at the end is a token of its
+        # own; in front of a text, it is merged with the first word.
         strip = {"type": "Strip", "strip_left": False, "strip_right": True}
         others = [backend["normalizer"]] if backend.get("normalizer") else []
         backend["normalizer"] = {"type": "Sequence", "normalizers": [strip, *others]}
     write_json(folder / "tokenizer.json", backend)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name in ("auto_map", "add_bos_token", "add_eos_token", "backend"):  # tokenizer.json says it all
+    for name in ("auto_map", "add_bos_token", "add_eos_token", "backend"):  # covered by tokenizer.json
         config.pop(name, None)
     write_json(
         path,
@@ -148,8 +153,8 @@ def _change_tokenizer(folder: Path, blueprint: Blueprint, prompt: PromptSettings
     )
 
 
-def _appends(tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]) -> dict[str, Any]:
-    """A post-processor (tokenizers' TemplateProcessing) that puts the end tokens behind a text."""
+def _append_end_tokens(tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]) -> dict[str, Any]:
+    """Returns a post-processor for tokenizer.json that appends the end tokens."""
     names = {tokenizer.convert_ids_to_tokens(i): i for i in end_ids}
     end = [{"SpecialToken": {"id": tokenizer.convert_ids_to_tokens(i), "type_id": 0}} for i in end_ids]
     first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
@@ -162,12 +167,12 @@ def _appends(tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]) -> dict
     }
 
 
-def _blank_merges(tokenizer: PreTrainedTokenizerFast, prompt: PromptSettings) -> bool:
-    """Whether the space at the query prompt's end becomes part of the next word, for most probe texts."""
+def _merges_prompt_space(tokenizer: PreTrainedTokenizerFast, prompt: PromptSettings) -> bool:
+    """Whether the tokenizer merges the space at the end of the query prompt with most of the probe texts."""
     query = prompt_texts(prompt)["query"]
-    texts = PromptTokenizer(tokenizer, prompt).tokenize(PROBES, query, 10**6)
+    texts = PromptTokenizer(tokenizer, prompt).tokenize(PROBE_TEXTS, query, 10**6)
     alone = len(tokenizer(query, add_special_tokens=False)["input_ids"])
-    return sum(text.content < alone for text in texts) > len(texts) / 2
+    return sum(text.content_start < alone for text in texts) > len(texts) / 2
 
 
 def _write_sentence_transformers(folder: Path, blueprint: Blueprint, sentence: SentencePrompts) -> None:
@@ -185,25 +190,25 @@ def _write_sentence_transformers(folder: Path, blueprint: Blueprint, sentence: S
     )
 
 
-DESCRIPTIONS = {
-    "mean": "the mean over the text's tokens",
-    "weighted_mean": "the mean over the text's tokens, weighted 1, 2, 3 …",
-    "cls": "the first token's",
-    "last_token": "the last token's",
+POOLING_DESCRIPTIONS = {
+    "mean": "the mean of the token states",
+    "weighted_mean": "the mean of the token states, weighted 1, 2, 3 …",
+    "cls": "the state of the first token",
+    "last_token": "the state of the last token",
 }
 
 
-def _card(blueprint: Blueprint, family: Family, sentence: SentencePrompts, dim: int) -> str:
-    pooling = DESCRIPTIONS[blueprint.encoding["pooling"]] + (
-        "" if sentence.include_prompt else ", the prompt's left out"
+def _model_card(blueprint: Blueprint, family: Family, sentence: SentencePrompts, dim: int) -> str:
+    pooling = POOLING_DESCRIPTIONS[blueprint.encoding["pooling"]] + (
+        "" if sentence.include_prompt else ", without the prompt"
     )
-    strip = 'Training strips tabs, newlines, spaces and colons from both ends of a text: `text.strip("\\t\\n :")`.\n'
-    needs = "Needs transformers 5.2 or newer: older ones ignore `is_causal` in config.json.\n"
-    length = "unit " if blueprint.encoding["normalize"] else ""
+    strip = 'Texts were stripped of tabs, newlines, spaces and colons in training: `text.strip("\\t\\n :")`.\n'
+    needs = "Requires transformers 5.2 or newer; older versions ignore `is_causal` in config.json.\n"
+    normalized = "unit " if blueprint.encoding["normalize"] else ""
     rows = "\n".join(
         f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in sentence.prompts.items()
     )
-    made_by = f"codiemb_jax {version('codiemb-jax')} ([CoDiEmb](https://arxiv.org/abs/2508.11442))"
+    exported_by = f"codiemb_jax {version('codiemb-jax')} ([CoDiEmb](https://arxiv.org/abs/2508.11442))"
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -212,9 +217,9 @@ tags: [sentence-transformers, feature-extraction, sentence-similarity, codiemb]
 
 # Text embedding model
 
-Written by {made_by}. It maps a text of up to
-{blueprint.max_tokens} tokens to a {length}vector of {dim} dimensions; compare vectors by their cosine.
-Attention is {blueprint.encoding["attention"]}; a vector is {pooling}.
+Exported by {exported_by}. It maps texts of up to
+{blueprint.max_tokens} tokens to {normalized}vectors of {dim} dimensions. Compare embeddings by cosine similarity.
+Attention is {blueprint.encoding["attention"]}; an embedding is {pooling}.
 {strip if blueprint.prompt is not None else ""}{needs if family.model is Decoder else ""}
 ```python
 from sentence_transformers import SentenceTransformer

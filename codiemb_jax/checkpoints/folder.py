@@ -1,4 +1,4 @@
-"""What the kinds of model folder have in common."""
+"""The interface of model folders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from codiemb_jax.checkpoints.families import Family, family_of
+from codiemb_jax.checkpoints.families import Family, get_family
 from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.errors import UserError
@@ -15,55 +15,55 @@ from codiemb_jax.text.sentence import SentencePrompts
 
 
 class ModelFolder(ABC):
-    """A model as it lies on disk: read, but for its weights."""
+    """A model on disk. Everything but the weights is read when it is opened."""
 
     path: Path
     config: dict[str, Any]
-    """config.json as it came."""
+    """The original config.json."""
     family: Family
     model_config: Any
-    """config.json as the family reads it."""
+    """The model config that the family reads from config.json."""
     prefix: str
     dtypes: dict[str, str]
     files: dict[str, str]
     code: dict[str, str]
-    """These four as in `Blueprint`."""
-    stored: Mapping[str, Any]
-    """How the folder says that it encodes (the fields that `ENCODING` names), as far as it does."""
+    """`prefix`, `dtypes`, `files` and `code` are those of `Blueprint`."""
+    stored_settings: Mapping[str, Any]
+    """The fields in `ENCODING` that the folder specifies."""
     text: PromptSettings | SentencePrompts | None
-    """How the folder says that texts become tokens, if it does."""
+    """How to tokenize texts, if the folder specifies it."""
     max_tokens: int
-    """Longest text in tokens."""
+    """Maximum number of tokens per text."""
 
     def _read_config(self) -> None:
-        with naming(self.path):
-            self.family = family_of(self.config)
+        with prefix_errors(self.path):
+            self.family = get_family(self.config)
             self.model_config = self.family.read_config(self.config)
 
     @abstractmethod
     def check(self, abstract: Params) -> None:
-        """Compares the weights in the folder with what the model needs; no weight is read.
+        """Compares the names and shapes of the stored weights with those of the model, without reading them.
 
         Raises:
-          UserError: they differ.
+          UserError: If they differ.
         """
 
     @abstractmethod
     def load(self, abstract: Params) -> Params:
-        """The parameters in the shapes, dtypes and shardings of `abstract`, each device reading its own part."""
+        """Loads the parameters in the shapes, dtypes and shardings of `abstract`; each device reads its own shards."""
 
     @abstractmethod
     def stream(self, abstract: Params) -> Params:
-        """The parameters as `LazyArray`s, in the dtypes in which they are stored."""
+        """Returns the parameters as `LazyArray`s, in their stored dtypes."""
 
     @abstractmethod
     def stream_passthrough(self) -> dict[str, LazyArray]:
-        """Weights of the folder that an encoder does not use, by their full names."""
+        """Returns the weights that the encoder does not use, by their full names."""
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts a path before what is wrong with it."""
+def prefix_errors(path: Path) -> Iterator[None]:
+    """Prefixes the message of a `UserError` with a path."""
     try:
         yield
     except UserError as error:

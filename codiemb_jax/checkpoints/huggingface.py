@@ -1,4 +1,4 @@
-"""A model folder in Hugging Face format."""
+"""Reads model folders in Hugging Face format."""
 
 import base64
 from collections.abc import Iterable
@@ -22,16 +22,17 @@ from codiemb_jax.files import read_json
 from codiemb_jax.models.build import Params
 
 HUB_FILES = ["*.safetensors*", "*.json", "*.py", *TOKENIZER_FILES]
-"""What is downloaded of a model: no pickled weights."""
+"""Files to download from the hub; no pickled weights."""
 
 
 class HuggingFaceFolder(ModelFolder):
-    """config.json, a tokenizer and safetensors, perhaps with sentence-transformers' description of how to encode."""
+    """config.json, a tokenizer and safetensors, optionally with the files of sentence-transformers."""
 
     def __init__(self, path: Path):
-        """
+        """Opens a folder; reads everything but the weights.
+
         Raises:
-          UserError: a file is missing or cannot be used.
+          UserError: If a file is missing or invalid.
         """
         self.path = path
         if not (path / "config.json").is_file():
@@ -45,15 +46,15 @@ class HuggingFaceFolder(ModelFolder):
         self.files = _read_tokenizer_files(path)
         self.code = _read_files(sorted(path.glob("*.py")))
         self._dense = WeightFiles(modules.dense) if modules and modules.dense else None
-        self.stored = self._direction(modules is not None) | (modules.encoding if modules else {})
-        text, longest = read_prompts(path, modules.include_prompt if modules else True)
+        self.stored_settings = self._read_attention(modules is not None) | (modules.encoding if modules else {})
+        text, max_tokens = read_prompts(path, modules.include_prompt if modules else True)
         self.text = text if modules else None
-        self.max_tokens = min(longest or self.model_config.max_positions, self.model_config.max_positions)
+        self.max_tokens = min(max_tokens or self.model_config.max_positions, self.model_config.max_positions)
         self._passthrough = passthrough_names(self.dtypes, self.family, self.prefix, self.model_config.layers)
 
-    def _direction(self, described: bool) -> dict[str, Any]:
-        """A decoder's direction of attention, if the folder says it; one that sentence-transformers loads has one."""
-        causal = self.config.get("is_causal", self.family.causal if described else None)
+    def _read_attention(self, has_modules: bool) -> dict[str, Any]:
+        """Returns the attention in config.json, if any; with modules.json, it defaults to that of the family."""
+        causal = self.config.get("is_causal", self.family.causal if has_modules else None)
         return {"attention": "causal" if causal else "bidirectional"} if isinstance(causal, bool) else {}
 
     def check(self, abstract: Params) -> None:

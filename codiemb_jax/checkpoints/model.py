@@ -1,4 +1,4 @@
-"""A model folder, whatever its kind -> graph, parameters, blueprint."""
+"""Opens a model folder of either format and returns its graph, parameters and blueprint."""
 
 import re
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from codiemb_jax.checkpoints.blueprint import ENCODING, Blueprint
 from codiemb_jax.checkpoints.families import Family
-from codiemb_jax.checkpoints.folder import ModelFolder, naming
+from codiemb_jax.checkpoints.folder import ModelFolder, prefix_errors
 from codiemb_jax.checkpoints.huggingface import HUB_FILES, HuggingFaceFolder
-from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, is_checkpoint, steps_of
+from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, is_checkpoint, saved_steps
 from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
@@ -20,13 +20,13 @@ from codiemb_jax.models.build import Params, abstract_model, new_projection
 from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.encoder import Encoder, EncoderConfig
 from codiemb_jax.sharding import cpu_mesh
-from codiemb_jax.text.prompts import tokenizing
+from codiemb_jax.text.prompts import tokenizer_errors
 from codiemb_jax.text.sentence import SentencePrompts
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A model that a folder holds, checked but not loaded."""
+    """The model in a folder, checked but not loaded."""
 
     folder: ModelFolder
     blueprint: Blueprint
@@ -44,18 +44,18 @@ class PretrainedModel:
         return self.folder.family
 
     def load(self, seed: int = 0) -> Params:
-        """The parameters, each device reading its own part; `seed` is that of a new projection."""
+        """Loads the parameters; each device reads only its own shards. `seed` initializes a new projection."""
         params = self.folder.load(self.abstract)
         if "projection" in self.abstract and "projection" not in params:
             params["projection"] = new_projection(self.abstract["projection"], seed)
         return params
 
     def stream(self) -> Params:
-        """The parameters in the dtypes in which they are stored, each read when it is asked for."""
+        """Returns the parameters in their stored dtypes, each read on demand."""
         return self.folder.stream(self.abstract)
 
     def stream_passthrough(self) -> dict[str, LazyArray]:
-        """Weights of the folder that an encoder does not use, each read when it is asked for."""
+        """Returns the weights of the folder that the encoder does not use, each read on demand."""
         return self.folder.stream_passthrough()
 
 
@@ -66,34 +66,38 @@ def open_model(
     max_tokens: int | None = None,
     folder: ModelFolder | None = None,
 ) -> PretrainedModel:
-    """Opens the model in `folder`, by default that of `settings.path` (see `locate`), to encode as the settings say.
+    """Opens a model to encode as `settings` say. Its weights are compared with config.json before any is read.
 
-    text: how texts become tokens.  max_tokens: longest text; None: as many as the model has positions.
-    Weights are compared with config.json before any is read.
+    Args:
+      settings: The model settings.
+      text: How to tokenize texts.
+      mesh: The mesh over which to shard the parameters.
+      max_tokens: Maximum number of tokens per text. Defaults to the model's number of positions.
+      folder: The folder of the model. Defaults to that of `settings.path` (see `resolve_model_path`).
 
     Raises:
-      UserError: something in the folder cannot be used.
+      UserError: If something in the folder cannot be used.
     """
-    folder = folder or open_folder(locate(settings.path))
+    folder = folder or open_folder(resolve_model_path(settings.path))
     path, family, config = folder.path, folder.family, folder.model_config
     if settings.dropout is not None:
         config = config.with_dropout(settings.dropout)
     if max_tokens and max_tokens > config.max_positions:
         raise UserError(
-            f"data.query_max_tokens and data.passage_max_tokens may be at most {config.max_positions}, the positions "
-            f"of the model (max_position_embeddings in {path / 'config.json'})"
+            f"data.query_max_tokens and data.passage_max_tokens may be at most {config.max_positions}, the model's "
+            f"number of positions (max_position_embeddings in {path / 'config.json'})"
         )
     if settings.attention == "causal" and family.model is Encoder:
         raise UserError(f"model.attention: causal needs a decoder; a {family.model_type} model is bidirectional")
-    stored_dim = folder.stored.get("projection_dim")
+    stored_dim = folder.stored_settings.get("projection_dim")
     if stored_dim and stored_dim != settings.projection_dim:
         raise UserError(
             f"model.projection_dim {settings.projection_dim}: {path} was trained with a projection to {stored_dim}; "
             f"set it to {stored_dim}"
         )
     graph, abstract = abstract_model(family.model, config, settings, mesh)
-    held = {name: leaf for name, leaf in abstract.items() if name != "projection" or stored_dim}
-    folder.check(held)
+    in_folder = {name: leaf for name, leaf in abstract.items() if name != "projection" or stored_dim}
+    folder.check(in_folder)
     blueprint = Blueprint(
         config=folder.config,
         prefix=folder.prefix,
@@ -109,79 +113,85 @@ def open_model(
     return PretrainedModel(folder, blueprint, config, graph, abstract)
 
 
-def open_as_stored(
-    folder: ModelFolder, mesh: jax.sharding.Mesh, otherwise: PromptSettings | SentencePrompts, **settings: Any
+def open_with_stored_settings(
+    folder: ModelFolder, mesh: jax.sharding.Mesh, default_text: PromptSettings | SentencePrompts, **settings: Any
 ) -> PretrainedModel:
-    """Opens the model in a folder to encode as the folder says; texts become tokens as `otherwise` says where it does
-    not.  `settings` are fields of `ModelSettings`, and defaults for what the folder does not say.
+    """Opens the model in a folder to encode with the settings stored there.
+
+    Args:
+      folder: The model folder.
+      mesh: The mesh over which to shard the parameters.
+      default_text: How to tokenize texts if the folder does not specify it.
+      **settings: Fields of `ModelSettings` to use where the folder does not specify them.
 
     Raises:
-      UserError: something in the folder cannot be used.
+      UserError: If something in the folder cannot be used.
     """
     try:
-        model_settings = ModelSettings.model_validate({"path": str(folder.path), **settings, **folder.stored})
+        model_settings = ModelSettings.model_validate({"path": str(folder.path), **settings, **folder.stored_settings})
     except ValidationError as error:
         problems = [
             f"{problem['loc'][0]}: {problem['msg']}, found {shorten(repr(problem['input']))}"
             for problem in error.errors()
         ]
-        raise UserError(f"{folder.path}: cannot be used:\n" + format_problems(problems)) from error
-    return open_model(model_settings, folder.text or otherwise, mesh, folder.max_tokens, folder)
+        raise UserError(f"{folder.path}: invalid model settings:\n" + format_problems(problems)) from error
+    return open_model(model_settings, folder.text or default_text, mesh, folder.max_tokens, folder)
 
 
 def open_checkpoint(path: Path) -> PretrainedModel:
-    """A checkpoint with the attention, prompts and lengths that it was trained with, on one CPU device, in float32."""
-    return open_as_stored(OrbaxCheckpoint(path), cpu_mesh(), PromptSettings(), compute_dtype="float32")
+    """Opens a checkpoint with the settings it was trained with, on one CPU device, in float32."""
+    return open_with_stored_settings(OrbaxCheckpoint(path), cpu_mesh(), PromptSettings(), compute_dtype="float32")
 
 
 def open_folder(path: Path) -> ModelFolder:
-    """A folder of either kind."""
+    """Opens an Orbax checkpoint or a Hugging Face folder."""
     return OrbaxCheckpoint(path) if is_checkpoint(path) else HuggingFaceFolder(path)
 
 
 def _check_tokenizer(path: Path, blueprint: Blueprint, config: DecoderConfig | EncoderConfig) -> None:
-    """UserError if tokenizer and model disagree."""
+    """Raises `UserError` if the tokenizer does not match the model."""
     try:
         tokenizer = blueprint.tokenizer()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if isinstance(config, EncoderConfig) and config.first_position not in (0, (tokenizer.pad_token_id or 0) + 1):
         raise UserError(
-            f"{path}: the positions of this model start after the padding id, which is "
+            f"{path}: positions of this model start after the padding id, which is "
             f"{config.first_position - 1} in config.json (pad_token_id) but {tokenizer.pad_token_id} in the tokenizer; "
-            "make them agree"
+            "they must be equal"
         )
-    with naming(path), tokenizing():
-        added = tokenizer.backend_tokenizer.encode("").ids  # by the post-processor, which has ids of its own
+    with prefix_errors(path), tokenizer_errors():
+        added = tokenizer.backend_tokenizer.encode("").ids  # the post-processor may add ids outside the vocabulary
     largest = max([*tokenizer.get_vocab().values(), *added], default=0)
     if largest >= config.vocab_size:
         raise UserError(
-            f"{path}: the tokenizer has a token with id {largest}, but the model only {config.vocab_size} embeddings "
-            "(vocab_size in config.json); a special token named in tokenizer_config.json must be one of tokenizer.json"
+            f"{path}: the tokenizer has a token with id {largest}, but the model has only "
+            f"{config.vocab_size} embeddings (vocab_size in config.json); "
+            "special tokens in tokenizer_config.json must exist in tokenizer.json"
         )
 
 
-def locate(path: str) -> Path:
-    """The folder of a model: a model folder, the export of a run's folder, or a hub id's download.
+def resolve_model_path(path: str) -> Path:
+    """Returns the folder of a model, given a model folder, the folder of a run (its export) or a hub id (a download).
 
     Raises:
-      UserError: there is none.
+      UserError: If `path` is none of these or cannot be downloaded.
     """
     folder = Path(path)
     try:
         exists = folder.exists()
     except OSError as error:
-        raise UserError(f"{shorten(path)} cannot be a folder: {error.strerror}") from error
+        raise UserError(f"{shorten(path)} is not a valid path: {error.strerror}") from error
     if folder.is_dir():
-        steps = steps_of(folder)
+        steps = saved_steps(folder)
         if steps and is_checkpoint(folder / str(steps[-1])):
             raise UserError(
-                f"{folder} holds several checkpoints; give one of them, for example {folder / str(steps[-1])}"
+                f"{folder} is a folder of checkpoints; give one of them, for example {folder / str(steps[-1])}"
             )
-        of_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
-        if of_run and not (folder / "config.json").is_file():
+        is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+        if is_run and not (folder / "config.json").is_file():
             if not (folder / "export").is_dir():
-                raise UserError(f"{folder} is the folder of a run that has no export; give one of its checkpoints")
+                raise UserError(f"{folder} is a run without an export; give one of its checkpoints")
             return folder / "export"
         return folder
     if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
@@ -190,10 +200,10 @@ def locate(path: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # not needed for a folder
+    from huggingface_hub import snapshot_download  # slow, and not needed for local folders
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"{name} is not a folder, and cannot be downloaded from the hub: {error}") from error
+        raise UserError(f"{name} is not a folder and cannot be downloaded from the hub: {error}") from error

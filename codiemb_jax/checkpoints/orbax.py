@@ -1,8 +1,8 @@
-"""Orbax checkpoints: what is in them, saving, restoring.  The only file that knows Orbax.
+"""Saves and restores Orbax checkpoints. The only module that imports Orbax.
 
-A checkpoint is one folder that holds the parameters, the weights that training passes through and, in a run, the
-optimizer's state; and a manifest: the model's blueprint, and dtype, shape and checksum of every array.  It is written
-under another name and renamed when complete, so that a folder that is there is complete.
+A checkpoint is a folder with the parameters, the passthrough weights, in a run also the optimizer state, and a
+manifest: the model's blueprint and the dtype, shape and checksum of every array. It is written under a temporary name
+and renamed when complete.
 """
 
 import hashlib
@@ -20,56 +20,57 @@ import orbax.checkpoint as ocp
 
 from codiemb_jax.checkpoints.blueprint import Blueprint
 from codiemb_jax.checkpoints.checksums import array_checksum, tree_checksums
-from codiemb_jax.checkpoints.folder import ModelFolder, naming
+from codiemb_jax.checkpoints.folder import ModelFolder, prefix_errors
 from codiemb_jax.checkpoints.safetensors import LazyArray, weight_names
 from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.files import new_folder
 from codiemb_jax.models.build import Params
 
-PARTS, LEAST = 16, 128
-"""A converted weight is stored in blocks, of its last two axes a 16th each, but not below 128: devices that share a
-weight over a mesh read whole blocks, so no more than their own where their number divides 16."""
+BLOCKS_PER_AXIS, MIN_BLOCK_SIZE = 16, 128
+"""A converted weight is stored in blocks: each of its last two axes is split into 16, but not below 128 elements.
+A device reads whole blocks, so it reads only its own shard if the size of the mesh axis divides 16."""
 
 MANIFEST = "blueprint"
-"""The item that holds the manifest.  It is written last, or with all others by Orbax."""
+"""The item with the manifest. It is written after the arrays, or by Orbax together with them."""
 
-COMMIT_MARKS = ("_CHECKPOINT_METADATA", MANIFEST, "params")
-"""Without these a folder is no checkpoint of ours."""
+REQUIRED_ITEMS = ("_CHECKPOINT_METADATA", MANIFEST, "params")
+"""Files and folders in every complete checkpoint."""
 
 Arrays = dict[str, tuple[str, list[int], str]]
-"""Dtype, shape and checksum of each array of a tree, by its path."""
+"""Dtype, shape and checksum of each array of a tree, by path."""
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every part of every save, and what it then raises
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save in detail, and errors that it also raises
 
 
 class DamagedCheckpoint(UserError):
-    """Something in a checkpoint is missing or not what was written."""
+    """Part of a checkpoint is missing or does not match its checksum."""
 
 
 class OrbaxCheckpoint(ModelFolder):
-    """One checkpoint: of a run, or a converted model."""
+    """A single checkpoint, of a run or a converted model."""
 
     def __init__(self, path: Path):
-        """
+        """Reads the manifest of a checkpoint.
+
         Raises:
-          UserError: it is incomplete, damaged, or another version of this project wrote it.
+          UserError: If the checkpoint is incomplete, damaged, or from another version of this project.
         """
         if not is_checkpoint(path):
-            missing = [name for name in COMMIT_MARKS if not (path / name).exists()]
+            missing = [name for name in REQUIRED_ITEMS if not (path / name).exists()]
             raise DamagedCheckpoint(
-                f"{path} is not a checkpoint (without {', '.join(missing)}); give one that `convert.hf_to_orbax` "
-                "wrote, or a run's checkpoints/STEP"
+                f"{path} is not a checkpoint ({', '.join(missing)} missing); give the output of convert.hf_to_orbax or "
+                "checkpoints/STEP of a run"
             )
         self.path = path
         manifest = _read_manifest(path)
-        with naming(path):
+        with prefix_errors(path):
             self.blueprint = Blueprint.from_json(manifest["blueprint"])
             self.arrays = _read_arrays(manifest["arrays"])
         self.config = self.blueprint.config
         self._read_config()
         self.prefix, self.dtypes = self.blueprint.prefix, self.blueprint.dtypes
         self.files, self.code = self.blueprint.files, self.blueprint.code
-        self.stored = self.blueprint.encoding
+        self.stored_settings = self.blueprint.encoding
         self.text = self.blueprint.prompt or self.blueprint.sentence
         self.max_tokens = self.blueprint.max_tokens
 
@@ -77,22 +78,24 @@ class OrbaxCheckpoint(ModelFolder):
         expected = {_path(keys): list(leaf.shape) for keys, leaf in _leaves(abstract)}
         found = {path: shape for path, (_, shape, _) in self.arrays["params"].items()}
         problems = [
-            f"{path}: {found.get(path, 'missing')} in the checkpoint, {expected.get(path, 'unknown')} by its config"
+            f"{path}: {found.get(path, 'missing')} in the checkpoint, {expected.get(path, 'unknown')} in its config"
             for path in sorted(expected.keys() | found.keys())
             if expected.get(path) != found.get(path)
         ]
         layers = self.model_config.layers
         wanted = {name for weight in self.family.weights for name in weight_names(weight, self.prefix, layers)}
-        problems += [f"{name}: the checkpoint does not say its type" for name in sorted(wanted - set(self.dtypes))]
-        beyond, passthrough = set(self.dtypes) - wanted, set(self.arrays.get("passthrough", {}))
-        problems += [f"{name}: missing" for name in sorted(beyond - passthrough)]
-        problems += [f"{name}: the checkpoint does not say its type" for name in sorted(passthrough - beyond)]
+        problems += [
+            f"{name}: the checkpoint has no dtype for this weight" for name in sorted(wanted - set(self.dtypes))
+        ]
+        unused, passthrough = set(self.dtypes) - wanted, set(self.arrays.get("passthrough", {}))
+        problems += [f"{name}: missing" for name in sorted(unused - passthrough)]
+        problems += [f"{name}: the checkpoint has no dtype for this weight" for name in sorted(passthrough - unused)]
         if problems:
             raise UserError(f"{self.path}: the checkpoint is inconsistent:\n" + format_problems(problems))
 
     def load(self, abstract: Params) -> Params:
-        held = {path.split(".")[0] for path in self.arrays["params"]}  # a new projection is not
-        wanted = {name: leaf for name, leaf in abstract.items() if name in held}
+        saved = {path.split(".")[0] for path in self.arrays["params"]}  # without a new projection
+        wanted = {name: leaf for name, leaf in abstract.items() if name in saved}
         return restore_item(self.path, "params", self.arrays["params"], wanted)
 
     def stream(self, abstract: Params) -> Params:
@@ -115,7 +118,7 @@ class OrbaxCheckpoint(ModelFolder):
 
 
 class RunCheckpoints:
-    """The checkpoints of a run, a folder for each number of steps done; saved in the background."""
+    """The checkpoints of a run, one folder per saved step; saving runs in the background."""
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder.absolute()
@@ -124,13 +127,13 @@ class RunCheckpoints:
 
     def save(
         self,
-        done: int,
+        step: int,
         params: Params,
         optimizer: Any,
         passthrough: Mapping[str, np.ndarray],
         blueprint: Blueprint,
     ) -> None:
-        """Starts saving what there is after `done` steps, and returns once it is copied."""
+        """Starts saving the state after `step` steps; returns once it has been copied."""
         arrays = {"params": describe_tree(params), "optimizer": describe_tree(optimizer)}
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(params),
@@ -140,63 +143,64 @@ class RunCheckpoints:
             arrays["passthrough"] = {name: _describe(value) for name, value in passthrough.items()}
             items["passthrough"] = ocp.args.StandardSave(dict(passthrough))
         items[MANIFEST] = ocp.args.JsonSave(_manifest(blueprint, arrays))
-        self._manager.save(done, args=ocp.args.Composite(**items))
+        self._manager.save(step, args=ocp.args.Composite(**items))
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until all checkpoints are on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
-def steps_of(folder: Path) -> list[int]:
-    """The steps of which a run's folder of checkpoints holds one, in order: unfinished ones have longer names."""
+def saved_steps(folder: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a run's checkpoint folder, in order."""
+    # Names of unfinished checkpoints have a suffix.
     return sorted(int(child.name) for child in folder.glob("*") if child.name.isdecimal())
 
 
-def restore_run(folder: Path, done: int, params: Params, optimizer: Any) -> tuple[Params, Any]:
-    """Parameters and optimizer state after `done` steps, in the shapes, dtypes and shardings given.
+def restore_run(folder: Path, step: int, params: Params, optimizer: Any) -> tuple[Params, Any]:
+    """Restores parameters and optimizer state after `step` steps, in the shapes, dtypes and shardings given.
 
     Raises:
-      UserError: the checkpoint is damaged.
+      UserError: If the checkpoint is damaged.
     """
-    with _run_checkpoint(folder, done) as checkpoint:
+    with _run_checkpoint(folder, step) as checkpoint:
         if "optimizer" not in checkpoint.arrays:
-            raise _damaged(checkpoint.path, "it lacks the optimizer's state")
+            raise _damaged(checkpoint.path, "the optimizer state is missing")
         checkpoint.check(params)
         return checkpoint.load(params), restore_item(
             checkpoint.path, "optimizer", checkpoint.arrays["optimizer"], optimizer
         )
 
 
-def restore_passthrough(folder: Path, done: int) -> dict[str, np.ndarray]:
-    """The weights that training passes through, as the checkpoint after `done` steps holds them.
+def restore_passthrough(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """Restores the passthrough weights from the checkpoint after `step` steps.
 
     Raises:
-      UserError: the checkpoint is damaged.
+      UserError: If the checkpoint is damaged.
     """
-    with _run_checkpoint(folder, done) as checkpoint:
+    with _run_checkpoint(folder, step) as checkpoint:
         return {name: np.asarray(weight) for name, weight in checkpoint.stream_passthrough().items()}
 
 
 @contextmanager
-def _run_checkpoint(folder: Path, done: int) -> Iterator[OrbaxCheckpoint]:
-    """The checkpoint after `done` steps; if it is damaged, the message says which one is before it."""
-    earlier = [step for step in steps_of(folder) if step < done]
-    hint = f"; remove it to continue from the one before it, {folder / str(earlier[-1])}" if earlier else ""
+def _run_checkpoint(folder: Path, step: int) -> Iterator[OrbaxCheckpoint]:
+    """Opens the checkpoint after `step` steps; the error for a damaged one names the previous checkpoint."""
+    earlier = [saved for saved in saved_steps(folder) if saved < step]
+    hint = f"; remove it to continue from the previous checkpoint, {folder / str(earlier[-1])}" if earlier else ""
     try:
-        yield OrbaxCheckpoint(folder / str(done))
+        yield OrbaxCheckpoint(folder / str(step))
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{error}{hint}") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one complete checkpoint of ours."""
-    return all((folder / name).exists() for name in COMMIT_MARKS)
+    """Whether a folder is a complete checkpoint of this project."""
+    return all((folder / name).exists() for name in REQUIRED_ITEMS)
 
 
 def save_model(folder: Path, params: Params, passthrough: Mapping[str, Any], blueprint: Blueprint) -> None:
-    """Writes a checkpoint without an optimizer's state; `params` and `passthrough` hold `LazyArray`s."""
-    with new_folder(folder) as made:
+    """Writes a checkpoint without optimizer state. Leaves of `params` and `passthrough` are `LazyArray`s."""
+    with new_folder(folder) as new:
         arrays: dict[str, Arrays] = {}
         items: dict[str, Any] = {}
         handlers: dict[str, Any] = {}
@@ -207,13 +211,13 @@ def save_model(folder: Path, params: Params, passthrough: Mapping[str, Any], blu
                 items[name] = ocp.args.PyTreeSave(tree)
                 handlers[name] = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-            checkpointer.save(made, args=ocp.args.Composite(**items))
+            checkpointer.save(new, args=ocp.args.Composite(**items))
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            checkpointer.save(made / MANIFEST, args=ocp.args.JsonSave(_manifest(blueprint, arrays)))
+            checkpointer.save(new / MANIFEST, args=ocp.args.JsonSave(_manifest(blueprint, arrays)))
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `LazyArray`s one after another, so that only one at a time is in memory, and describes each in `arrays`."""
+    """Saves `LazyArray`s one at a time, so that only one is in memory, and records each in `arrays`."""
 
     def __init__(self, arrays: Arrays):
         super().__init__(deepcopy_host_arrays=False)
@@ -229,40 +233,40 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
-        # Orbax cuts into equal parts only, and a vocabulary may be prime.
+        # Orbax itself splits only into equal parts, and a vocabulary size may be prime.
         blocks = list(value.shape)
         if value.ndim > 1:
-            blocks[-2:] = [min(size, max(-(-size // PARTS), LEAST)) for size in value.shape[-2:]]
+            blocks[-2:] = [min(size, max(-(-size // BLOCKS_PER_AXIS), MIN_BLOCK_SIZE)) for size in value.shape[-2:]]
         tspec["metadata"]["chunks"] = blocks
         await super()._open_and_write(value, tspec, ts_context)
 
 
 def restore_item(folder: Path, item: str, arrays: Arrays, abstract: Any) -> Any:
-    """A tree of arrays, verified, in the shapes, dtypes and shardings of `abstract`.
+    """Restores a tree in the shapes, dtypes and shardings of `abstract`, and verifies its checksums.
 
     Raises:
-      UserError: it is damaged.
+      UserError: If it is damaged.
     """
     leaves = _leaves(abstract)
     if missing := [path for keys, _ in leaves if (path := _path(keys)) not in arrays]:
-        raise _damaged(folder, f"{item} lacks {', '.join(missing[:5])}")
+        raise _damaged(folder, f"{item}: {', '.join(missing[:5])} missing")
 
     def stored(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # Restored as it is stored, so that its checksum can be compared, and only then cast.
+        # Checksums are of the stored dtype, so cast only after comparing them.
         return jax.ShapeDtypeStruct(leaf.shape, np.dtype(arrays[_path(keys)][0]), sharding=leaf.sharding)
 
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(jax.tree_util.tree_map_with_path(stored, abstract))})
     with _readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(folder.absolute(), args=args)[item]
     found = describe_tree(restored)
-    wrong = [path for keys, _ in leaves if found[path := _path(keys)] != arrays[path]]
-    if wrong:
-        raise _damaged(folder, f"{item}: {', '.join(wrong[:5])} does not match its checksum")
+    mismatched = [path for keys, _ in leaves if found[path := _path(keys)] != arrays[path]]
+    if mismatched:
+        raise _damaged(folder, f"{item}: {', '.join(mismatched[:5])} does not match its checksum")
     return jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), restored, abstract)
 
 
 def describe_tree(tree: Any) -> Arrays:
-    """Dtype, shape and checksum of each array, by its path."""
+    """Returns the dtype, shape and checksum of each array, by path."""
     checksums = dict(_leaves(tree_checksums(tree)))
     return {_path(keys): (leaf.dtype.name, list(leaf.shape), checksums[keys]) for keys, leaf in _leaves(tree)}
 
@@ -299,37 +303,37 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_arrays(arrays: Any) -> dict[str, Arrays]:
-    def described(found: Any) -> bool:
-        match found:
+    def is_valid(entry: Any) -> bool:
+        match entry:
             case [str(dtype), [*shape], str()]:
                 return all(type(size) is int and size >= 0 for size in shape) and dtype in DTYPES
         return False
 
     if isinstance(arrays, dict) and "params" in arrays and set(arrays) <= {"params", "optimizer", "passthrough"}:
         trees = list(arrays.values())
-        if all(isinstance(tree, dict) and all(map(described, tree.values())) for tree in trees):
-            return {item: {path: tuple(found) for path, found in tree.items()} for item, tree in arrays.items()}
-    raise UserError("the checkpoint does not say dtype, shape and checksum of each array")
+        if all(isinstance(tree, dict) and all(map(is_valid, tree.values())) for tree in trees):
+            return {item: {path: tuple(entry) for path, entry in tree.items()} for item, tree in arrays.items()}
+    raise UserError("the manifest does not give the dtype, shape and checksum of each array")
 
 
 DTYPES = {dtype.name for dtype in (*map(np.dtype, "?bhilBHILefd"), np.dtype(jax.numpy.bfloat16))}
 
 
-def _damaged(folder: Path, what: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"{folder}: the checkpoint is damaged: {what}")
+def _damaged(folder: Path, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{folder}: the checkpoint is damaged: {reason}")
 
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """`DamagedCheckpoint` if what is done with a checkpoint fails for a reason of its own."""
+    """Raises `DamagedCheckpoint` if reading a checkpoint in this block fails."""
     try:
         yield
     except (MemoryError, UserError):
         raise
     except PermissionError as error:
         raise UserError(f"{folder}: the checkpoint cannot be read: {error.strerror}") from error
-    except Exception as error:  # Orbax raises plain Exception where a file cannot be read
-        if "RESOURCE_EXHAUSTED" in str(error):  # memory of a device
+    except Exception as error:  # Orbax raises plain Exception for unreadable files
+        if "RESOURCE_EXHAUSTED" in str(error):  # out of device memory
             raise
         if not isinstance(sys.unraisablehook, _QuietLateReads):
             sys.unraisablehook = _QuietLateReads(sys.unraisablehook)
@@ -338,18 +342,18 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 class _QuietLateReads:
-    """Reads that were under way when another failed find the event loop of the restore closed; that is no news."""
+    """Ignores errors of reads still pending when a restore fails: they only find its event loop closed."""
 
-    def __init__(self, before: Callable[[Any], object]):
-        self._before = before
+    def __init__(self, previous: Callable[[Any], object]):
+        self._previous = previous
 
     def __call__(self, unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
-            self._before(unraisable)
+            self._previous(unraisable)
 
 
 def _restore_one(folder: Path, keys: Sequence[str]) -> np.ndarray:
-    """One array of a saved tree."""
+    """Restores one array of a saved tree."""
     item: Any = 0
     args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
     for key in reversed(keys):

@@ -1,6 +1,6 @@
-"""safetensors <-> our parameters, by a family's table, both ways and bitwise.
+"""Converts between safetensors files and parameters, bitwise in both directions, with the table of a family.
 
-Our parameters are a nested dict of arrays; a weight's path in the table is its keys joined by dots.
+Parameters are a nested dict of arrays. A path in the table is the keys of a parameter, joined by dots.
 """
 
 import json
@@ -26,23 +26,23 @@ from codiemb_jax.models.build import Params
 INDEX = "model.safetensors.index.json"
 
 SHARD_BYTES = 2 * 10**9
-"""Largest weight file that an export writes, unless a single weight is larger: a file is held in memory twice."""
+"""Maximum size of an exported file unless a single weight is larger. Writing a file takes twice its size in memory."""
 
-MODEL_TYPES = ("F32", "F16", "BF16")
-"""In what a model's weights may be stored, in safetensors' spelling."""
+MODEL_DTYPES = ("F32", "F16", "BF16")
+"""Supported dtypes of a model's weights, as safetensors spells them."""
 
-NUMPY_TYPES: dict[str, np.dtype] = {
+NUMPY_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
     "BOOL": np.dtype(bool),
 }
-"""All that can be carried along."""
+"""Supported dtypes of passthrough weights."""
 
 
 class LazyArray:
-    """An array that is read anew whenever it is asked for: lets a model pass through memory weight by weight."""
+    """An array that is read again on each access, so that a model can be converted one weight at a time."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
         self.shape, self.dtype, self._read = shape, np.dtype(dtype), read
@@ -56,15 +56,15 @@ class LazyArray:
 
 
 class WeightFiles:
-    """The safetensors files of a folder: one, or shards with an index.
+    """The safetensors files of a folder: a single file, or shards with an index.
 
-    A file is open only while something is read, so that no more of it stays in memory than was asked for.
+    Files are open only during a read; the memory map of an open file would keep everything read so far in memory.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.dtypes: dict[str, str] = {}
-        """Type of each weight by name, in safetensors' spelling."""
+        """Dtype of each weight by name, as safetensors spells it."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape of each weight by name."""
         self._paths: dict[str, Path] = {}
@@ -72,19 +72,19 @@ class WeightFiles:
         for path in _weight_paths(folder, set(weight_map.values()) or {"model.safetensors"}):
             try:
                 with safe_open(path, framework="numpy") as file:
-                    for name in file.keys():  # noqa: SIM118 (it is no dict)
+                    for name in file.keys():  # noqa: SIM118 (not a dict)
                         if name in self._paths:
                             raise UserError(f"{path}: {name} is also in {self._paths[name].name}; remove one of them")
                         weight = file.get_slice(name)
                         self.dtypes[name], self.shapes[name] = weight.get_dtype(), tuple(weight.get_shape())
                         self._paths[name] = path
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+                raise UserError(f"{path}: invalid safetensors file: {error}") from error
         if absent := sorted(weight_map.keys() - self.dtypes.keys()):
-            raise UserError(f"{folder / INDEX}: weight_map: no file holds {', '.join(absent)}")
+            raise UserError(f"{folder / INDEX}: weight_map: no file contains {', '.join(absent)}")
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A weight, or the block of it that `index` names; only that much is read."""
+        """Reads a weight, or only the block at `index`."""
         try:
             with safe_open(self._paths[name], framework="numpy") as file:
                 return file.get_slice(name)[index] if index else file.get_tensor(name)
@@ -92,12 +92,12 @@ class WeightFiles:
             raise UserError(f"{self._paths[name]}: {name} cannot be read: {error}") from error
 
     def lazy(self, name: str) -> LazyArray:
-        """A weight, read when it is asked for."""
-        return LazyArray(self.shapes[name], NUMPY_TYPES[self.dtypes[name]], partial(self.read, name))
+        """Returns a weight that is read on demand."""
+        return LazyArray(self.shapes[name], NUMPY_DTYPES[self.dtypes[name]], partial(self.read, name))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The file of each weight as the index of shards says; empty if there is no index."""
+    """Returns the file of each weight from the shard index; empty if there is no index."""
     path = folder / INDEX
     if not path.is_file():
         return {}
@@ -114,8 +114,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _weight_paths(folder: Path, names: set[str]) -> list[Path]:
-    there = {path.name for path in folder.iterdir() if path.is_file()}
-    if missing := sorted(names - there):
+    existing = {path.name for path in folder.iterdir() if path.is_file()}
+    if missing := sorted(names - existing):
         raise UserError(
             f"{folder}: {', '.join(missing)} not found; weights must be safetensors "
             "(a pickled pytorch_model.bin is not read: convert it with transformers' save_pretrained)"
@@ -124,7 +124,7 @@ def _weight_paths(folder: Path, names: set[str]) -> list[Path]:
 
 
 def find_prefix(names: Iterable[str], family: Family) -> str:
-    """The family's prefix if any weight has it, as in the checkpoint of a language model; else nothing."""
+    """Returns the prefix of the family if any weight has it, as in language-model checkpoints; else an empty string."""
     return family.prefix if any(name.startswith(family.prefix) for name in names) else ""
 
 
@@ -135,14 +135,14 @@ def _leaf(params: Params, path: str) -> Any:
 
 
 def weight_names(weight: Weight, prefix: str, layers: int) -> list[str]:
-    """The checkpoint's names of one of our weights: one a layer, or just one."""
-    if "{layer}" not in weight.theirs:
-        return [prefix + weight.theirs]
-    return [prefix + weight.theirs.format(layer=layer) for layer in range(layers)]
+    """Returns the checkpoint names of a weight: one per layer, or just one."""
+    if "{layer}" not in weight.name:
+        return [prefix + weight.name]
+    return [prefix + weight.name.format(layer=layer) for layer in range(layers)]
 
 
 def passthrough_names(names: Iterable[str], family: Family, prefix: str, layers: int) -> list[str]:
-    """The names that a folder holds beyond the model and that the family passes through."""
+    """Returns the names that are not part of the model but that the family passes through."""
     wanted = {name for weight in family.weights for name in weight_names(weight, prefix, layers)}
     return [
         name
@@ -154,18 +154,23 @@ def passthrough_names(names: Iterable[str], family: Family, prefix: str, layers:
 def check_weights(
     files: WeightFiles, table: Sequence[Weight], prefix: str, abstract: Params, passthrough: Sequence[str] = ()
 ) -> None:
-    """Compares names, shapes and types with what the model needs.
+    """Compares the names, shapes and dtypes of stored weights with those of the model.
 
-    passthrough: names that the files may hold beyond that, see `passthrough_names`.
+    Args:
+      files: The stored weights.
+      table: The table of the family.
+      prefix: Prefix of the names in the table.
+      abstract: The shapes of the parameters.
+      passthrough: Additional names that are allowed (see `passthrough_names`).
 
     Raises:
-      UserError: listing every difference.
+      UserError: If they differ; the message lists all differences.
     """
     dtypes = files.dtypes
-    missing, misshaped, wanted = [], [], set()
+    missing, mismatched, wanted = [], [], set()
     for weight in table:
-        leaf = _leaf(abstract, weight.ours)
-        stacked = "{layer}" in weight.theirs
+        leaf = _leaf(abstract, weight.path)
+        stacked = "{layer}" in weight.name
         shape = leaf.shape[1:] if stacked else leaf.shape
         shape = shape[::-1] if weight.transpose else shape
         for name in weight_names(weight, prefix, leaf.shape[0]):
@@ -173,73 +178,78 @@ def check_weights(
             if name not in dtypes:
                 missing.append(f"missing: {name} {list(shape)}")
             elif files.shapes[name] != shape:
-                misshaped.append(f"shape: {name} is {list(files.shapes[name])}, config.json makes it {list(shape)}")
-            elif dtypes[name] not in MODEL_TYPES:
-                misshaped.append(f"type: {name} is {dtypes[name]}, supported are {', '.join(MODEL_TYPES)}")
-    beyond = sorted(set(dtypes) - wanted)
-    misshaped += [
-        f"type: {name} is {dtypes[name]}, supported are {', '.join(NUMPY_TYPES)}"
+                mismatched.append(
+                    f"shape: {name} is {list(files.shapes[name])}, expected {list(shape)} from config.json"
+                )
+            elif dtypes[name] not in MODEL_DTYPES:
+                mismatched.append(f"dtype: {name} is {dtypes[name]}, supported are {', '.join(MODEL_DTYPES)}")
+    mismatched += [
+        f"dtype: {name} is {dtypes[name]}, supported are {', '.join(NUMPY_DTYPES)}"
         for name in passthrough
-        if dtypes[name] not in NUMPY_TYPES
+        if dtypes[name] not in NUMPY_DTYPES
     ]
-    misshaped += [f"empty: {name} has no values; remove it" for name in passthrough if 0 in files.shapes[name]]
-    extra = [f"left over: {name} {list(files.shapes[name])}" for name in beyond if name not in passthrough]
-    if problems := missing + misshaped + extra:
+    mismatched += [f"empty: {name} has no values; remove it" for name in passthrough if 0 in files.shapes[name]]
+    unexpected = [
+        f"unexpected: {name} {list(files.shapes[name])}"
+        for name in sorted(set(dtypes) - wanted)
+        if name not in passthrough
+    ]
+    if problems := missing + mismatched + unexpected:
         raise UserError(
-            f"{files.folder}: weights do not fit config.json:\n" + format_problems(problems, limit=len(problems))
+            f"{files.folder}: weights do not match config.json:\n" + format_problems(problems, limit=len(problems))
         )
 
 
 def read_weights(files: WeightFiles, table: Sequence[Weight], prefix: str, abstract: Params) -> Params:
-    """Reads every weight into the shape, type and sharding of `abstract`, block by block for each device."""
+    """Reads all weights in the shapes, dtypes and shardings of `abstract`; each device reads only its own blocks."""
 
     def read(weight: Weight) -> jax.Array:
-        leaf = _leaf(abstract, weight.ours)
+        leaf = _leaf(abstract, weight.path)
         names = weight_names(weight, prefix, leaf.shape[0])
-        block = _once_each(partial(_read_block, files, weight, names, leaf.shape, leaf.dtype))
+        block = _cached(partial(_read_block, files, weight, names, leaf.shape, leaf.dtype))
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, block)
 
     return _tree(table, read)
 
 
 def stream_weights(files: WeightFiles, table: Sequence[Weight], prefix: str, abstract: Params) -> Params:
-    """Every weight as a `LazyArray` in the shape of `abstract` and the type in which it came."""
+    """Returns all weights as `LazyArray`s, in the shapes of `abstract` and their stored dtypes."""
 
     def lazy(weight: Weight) -> LazyArray:
-        shape = _leaf(abstract, weight.ours).shape
+        shape = _leaf(abstract, weight.path).shape
         names = weight_names(weight, prefix, shape[0])
-        dtype = stored_type(files.dtypes, names)
+        dtype = stacked_dtype(files.dtypes, names)
         whole = tuple(slice(0, size) for size in shape)
         return LazyArray(shape, dtype, partial(_read_block, files, weight, names, shape, dtype, whole))
 
     return _tree(table, lazy)
 
 
-def stored_type(dtypes: Mapping[str, str], names: Iterable[str]) -> np.dtype:
-    """A type that holds weights of one or several types, bit by bit."""
-    several = {NUMPY_TYPES[dtypes[name]] for name in names}
-    return several.pop() if len(several) == 1 else np.dtype(np.float32)
+def stacked_dtype(dtypes: Mapping[str, str], names: Iterable[str]) -> np.dtype:
+    """Returns a dtype that represents all of these weights exactly: their common dtype, or float32."""
+    distinct = {NUMPY_DTYPES[dtypes[name]] for name in names}
+    return distinct.pop() if len(distinct) == 1 else np.dtype(np.float32)
 
 
-def as_stored(params: Params, table: Sequence[Weight], prefix: str, dtypes: Mapping[str, str]) -> Params:
-    """Every weight of the table, rounded to the type in which `write_weights` writes it."""
+def round_to_stored_dtypes(params: Params, table: Sequence[Weight], prefix: str, dtypes: Mapping[str, str]) -> Params:
+    """Returns the weights in the table, rounded to the dtypes in which `write_weights` writes them."""
 
-    def stored(weight: Weight) -> np.ndarray:
-        leaf = np.asarray(_leaf(params, weight.ours))
+    def rounded(weight: Weight) -> np.ndarray:
+        leaf = np.asarray(_leaf(params, weight.path))
         names = weight_names(weight, prefix, leaf.shape[0])
-        if "{layer}" not in weight.theirs:
-            return leaf.astype(NUMPY_TYPES[dtypes[names[0]]])
-        layers = [layer.astype(NUMPY_TYPES[dtypes[name]]) for layer, name in zip(leaf, names, strict=True)]
-        return np.stack(layers, dtype=stored_type(dtypes, names))
+        if "{layer}" not in weight.name:
+            return leaf.astype(NUMPY_DTYPES[dtypes[names[0]]])
+        layers = [layer.astype(NUMPY_DTYPES[dtypes[name]]) for layer, name in zip(leaf, names, strict=True)]
+        return np.stack(layers, dtype=stacked_dtype(dtypes, names))
 
-    return _tree(table, stored)
+    return _tree(table, rounded)
 
 
 def _tree(table: Sequence[Weight], leaf: Callable[[Weight], Any]) -> Params:
-    """Our nested dict of parameters, each made by `leaf` of its line in the table."""
+    """Builds the nested dict of parameters by calling `leaf` for each row of the table."""
     params: Params = {}
     for weight in table:
-        *parents, last = weight.ours.split(".")
+        *parents, last = weight.path.split(".")
         branch = params
         for key in parents:
             branch = branch.setdefault(key, {})
@@ -247,8 +257,8 @@ def _tree(table: Sequence[Weight], leaf: Callable[[Weight], Any]) -> Params:
     return params
 
 
-def _once_each(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any], np.ndarray]:
-    """Reads each block once, however many devices hold it."""
+def _cached(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """Caches blocks, so that replicated ones are read only once."""
     blocks: dict[Any, np.ndarray] = {}
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
@@ -263,14 +273,14 @@ def _once_each(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any
 def _read_block(
     files: WeightFiles, weight: Weight, names: list[str], shape: tuple[int, ...], dtype: Any, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """The block of one of our weights, of `shape` as a whole, that `index` names."""
+    """Reads the block at `index` of a weight that has the given shape in the parameters."""
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         value = files.read(name, index[::-1] if weight.transpose else index)
         return value.T if weight.transpose else value
 
     block = np.empty([len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)], dtype)
-    if "{layer}" in weight.theirs:
+    if "{layer}" in weight.name:
         for layer, name in enumerate(names[index[0]]):
             block[layer] = read(name, index[1:])
     else:
@@ -279,11 +289,11 @@ def _read_block(
 
 
 def named_weights(params: Params, table: Sequence[Weight], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight under its checkpoint name, in the checkpoint's layout."""
+    """Yields all weights under their checkpoint names, in the layout of the checkpoint."""
     for weight in table:
-        leaf = np.asarray(_leaf(params, weight.ours))
+        leaf = np.asarray(_leaf(params, weight.path))
         names = weight_names(weight, prefix, leaf.shape[0])
-        for name, value in zip(names, leaf if "{layer}" in weight.theirs else [leaf], strict=True):
+        for name, value in zip(names, leaf if "{layer}" in weight.name else [leaf], strict=True):
             yield name, value.T if weight.transpose else value
 
 
@@ -296,10 +306,9 @@ def write_weights(
     dtypes: Mapping[str, str],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes model.safetensors, or shards with an index where they would exceed `shard_bytes`.
+    """Writes model.safetensors, or shards and an index if it would exceed `shard_bytes`.
 
-    Each weight is written in the type that `dtypes` names, the one in which it came.  Of a `LazyArray`, only one at a
-    time is in memory.
+    Each weight is written in its original dtype, given by `dtypes`. `LazyArray`s are read one at a time.
     """
     shard: dict[str, np.ndarray] = {}
     paths: list[Path] = []
@@ -313,8 +322,8 @@ def write_weights(
         shard.clear()
 
     for name, value in chain(named_weights(params, table, prefix), passthrough.items()):
-        value = np.ascontiguousarray(value, dtype=NUMPY_TYPES[dtypes[name]])
-        if shard and sum(kept.nbytes for kept in shard.values()) + value.nbytes > shard_bytes:
+        value = np.ascontiguousarray(value, dtype=NUMPY_DTYPES[dtypes[name]])
+        if shard and sum(weight.nbytes for weight in shard.values()) + value.nbytes > shard_bytes:
             flush()
         shard[name] = value
         total += value.nbytes
@@ -322,7 +331,7 @@ def write_weights(
     if len(paths) == 1:
         paths[0].rename(folder / "model.safetensors")
         return
-    # Their number, which every shard's name holds, is known only now.
+    # Shard names contain the number of shards, which is known only now.
     final = {path: f"model-{i:05}-of-{len(paths):05}.safetensors" for i, path in enumerate(paths, 1)}
     for path, name in final.items():
         path.rename(folder / name)

@@ -1,1 +1,1 @@
-"""Files -> planned, placed batches."""
+"""Prepares data files and loads planned batches onto devices."""

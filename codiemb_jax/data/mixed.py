@@ -1,4 +1,4 @@
-"""The plan of the mixed-batch ablation: each device takes its part of a step from a data set of its own."""
+"""Plan of the mixed-batch ablation, in which each device draws its examples of a step from a single dataset."""
 
 from collections.abc import Sequence
 
@@ -10,27 +10,37 @@ from codiemb_jax.errors import UserError
 
 
 class MixedPlan(Plan):
-    """Deals the batches of all data sets out to devices; what is left of a round is not used."""
+    """Deals the batches of all datasets to the devices and drops the remainder of each round."""
 
     def __init__(self, sources: Sequence[Source], settings: DataSettings, seed: int, devices: int):
-        """`devices`: those that hold different rows."""
+        """Creates the plan.
+
+        Args:
+          sources: The datasets.
+          settings: The data settings.
+          seed: The seed of the run.
+          devices: Number of devices with different rows.
+
+        Raises:
+          UserError: If there are too few examples for a step.
+        """
         self.devices = devices
         super().__init__(sources, settings, seed)
         if not self.steps_per_epoch:
             raise UserError(
-                f"sampler: mixed needs a batch for each of the {devices} devices, all data sets together have fewer; "
+                f"sampler: mixed needs a batch for each of the {devices} devices, but the data has fewer; "
                 "lower data.ir_global_batch_size and data.sts_global_batch_size"
             )
 
     def step(self, number: int) -> StepPlan:
-        """The plan of step `number`, from 0.  Passages are as many for every example, however few an STS pair has."""
-        turn, within = divmod(number, self.steps_per_epoch)
-        random = self._random(number)
+        """Returns the plan of step `number`, from 0. STS pairs are padded to the number of passages of IR examples."""
+        epoch, step = divmod(number, self.steps_per_epoch)
+        rng = self._rng(number)
         width = self.settings.positives_per_query + self.settings.negatives_per_query
         parts = []
         for device in range(self.devices):
-            source, examples = self.all.batch(turn, within * self.devices + device)
-            passages = self._passages(source, examples, random)
-            absent = np.full((examples.size, width - passages.shape[1]), -1)
-            parts.append((source, examples, np.concatenate([passages, absent], axis=1)))
+            source, examples = self.all.batch(epoch, step * self.devices + device)
+            passages = self._passages(source, examples, rng)
+            padding = np.full((examples.size, width - passages.shape[1]), -1)
+            parts.append((source, examples, np.concatenate([passages, padding], axis=1)))
         return self._step(number, "mixed", parts)

@@ -1,4 +1,4 @@
-"""Records -> tokenized ArrayRecord data set (a TensorFlow Datasets builder) and its index."""
+"""Tokenizes data files into ArrayRecord datasets, written by a TensorFlow Datasets builder, with an index."""
 
 import contextlib
 import hashlib
@@ -20,21 +20,21 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from codiemb_jax.batch import Task
-from codiemb_jax.data.store import BUILDER, BUILDER_VERSION, INDEX, Index, PreparedDataSet, open_parts
+from codiemb_jax.data.store import BUILDER, BUILDER_VERSION, INDEX, Index, PreparedDataset, open_parts
 from codiemb_jax.errors import UserError, format_problems
-from codiemb_jax.text.prompts import EmptyContent, PromptTokenizer, Tokens
+from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Record, Triple, read_records
 
 FORMAT_VERSION = 1
-"""Part of the fingerprint: raise it when what is stored changes."""
+"""Part of the fingerprint. Increment it when the stored format changes."""
 
-BATCH = 256
-"""Records tokenized in one call."""
+BATCH_SIZE = 256
+"""Number of records tokenized in one call."""
 
 PART_TOKENS = 2**26
-"""Tokens after which the next part of a data set is begun.
+"""Datasets are split into parts of about this many tokens.
 
-TensorFlow Datasets holds a part in memory to reorder it, and beyond 1 GB would need TensorFlow.
+TensorFlow Datasets keeps a part in memory to reorder it, and needs TensorFlow for parts of more than 1 GB.
 """
 
 
@@ -46,26 +46,34 @@ def prepare(
     query_max_tokens: int,
     passage_max_tokens: int,
     cache: Path,
-) -> PreparedDataSet:
-    """The tokenized data set of a file: taken from `cache` if nothing it depends on has changed, else made.
+) -> PreparedDataset:
+    """Tokenizes a data file, or reuses the dataset in `cache` if nothing it depends on has changed.
 
-    Processes may prepare the same file at the same time: each writes into a folder of its own, and the first
-    to be done moves it into place.  After an error nothing half-written stays.
+    Several processes may prepare the same file at the same time. Each writes to its own temporary folder, and the first
+    to finish moves it into place. Temporary folders are removed after an error.
+
+    Args:
+      path: The data file.
+      task: The task of the data.
+      tokenizer: The tokenizer.
+      query_max_tokens: Maximum number of tokens of queries and of texts of STS pairs.
+      passage_max_tokens: Maximum number of tokens of passages.
+      cache: The folder of all prepared datasets.
 
     Raises:
-      UserError: lines that cannot be used, listed by file, line and field; or a cache that cannot be written.
+      UserError: If lines are invalid (listed by file, line and field), or if the cache cannot be written.
     """
     limits = [query_max_tokens, passage_max_tokens]
     digest = _digest(path)
-    depends_on = json.dumps([FORMAT_VERSION, task, limits, tokenizer.fingerprint, digest])
-    fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
-    # File systems allow names of 255 bytes, and the working folder's name is longer than this one.
+    dependencies = json.dumps([FORMAT_VERSION, task, limits, tokenizer.fingerprint, digest])
+    fingerprint = hashlib.sha256(dependencies.encode()).hexdigest()
+    # File systems limit names to 255 bytes, and the name of the temporary folder is longer than this one.
     stem = path.stem.encode()[:100].decode(errors="ignore")
     folder = cache / f"{stem}-{fingerprint[:16]}"
     if not (folder / INDEX).exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            # Host and process in the name tell the leftovers of a killed process from the work of a live one.
+            # The host and the process id in the name distinguish leftovers of killed processes from folders in use.
             prefix = f".{folder.name}.{socket.gethostname().replace('.', '-')}."
             _remove_leftovers(cache, prefix)
             scratch = tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}.", dir=cache)
@@ -74,25 +82,25 @@ def prepare(
                 f"the cache {cache} cannot be written ({error}); set CODIEMB_JAX_CACHE to another folder"
             ) from error
         with scratch:
-            made = Path(scratch.name) / "made"
+            unfinished = Path(scratch.name) / "unfinished"
             try:
-                _Preparation(path, task, tokenizer, query_max_tokens, passage_max_tokens).write(made)
+                _DatasetWriter(path, task, tokenizer, query_max_tokens, passage_max_tokens).write(unfinished)
                 if _digest(path) != digest:
-                    raise UserError(f"{path}: has changed while it was read; start again")
-                _move_into_place(made, folder)
+                    raise UserError(f"{path}: changed while it was read; run again")
+                _move_into_place(unfinished, folder)
             except OSError as error:
                 raise UserError(f"{path}: cannot be prepared in the cache {cache}: {error}") from error
-    return PreparedDataSet(path, task, folder)
+    return PreparedDataset(path, task, folder)
 
 
-def _move_into_place(made: Path, folder: Path) -> None:
+def _move_into_place(unfinished: Path, folder: Path) -> None:
     try:
-        made.rename(folder)
+        unfinished.rename(folder)
     except OSError:
         if (folder / INDEX).exists():
-            return  # another process was faster, and made the same
-        shutil.rmtree(folder)  # without an index it is of no use to anyone
-        made.rename(folder)
+            return  # another process finished first and wrote the same dataset
+        shutil.rmtree(folder)  # incomplete without an index
+        unfinished.rename(folder)
 
 
 def _digest(path: Path) -> str:
@@ -101,16 +109,16 @@ def _digest(path: Path) -> str:
 
 
 def _remove_leftovers(cache: Path, prefix: str) -> None:
-    """Removes the working folders that killed processes of this host left for the same data set."""
+    """Removes temporary folders that killed processes of this host left for the same dataset."""
     for leftover in cache.iterdir():
         if leftover.name.startswith(prefix):
             process = int(leftover.name.removeprefix(prefix).split(".")[0])
-            # A restarted container has the same process ids: a folder of our own id is no one's, either.
-            if process == os.getpid() or not _alive(process):
+            # A restarted container reuses process ids, so a folder with the current id is also a leftover.
+            if process == os.getpid() or not _is_running(process):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -120,8 +128,8 @@ def _alive(process: int) -> bool:
     return True
 
 
-class _Preparation:
-    """One file on its way into a folder; gathers index and problems while examples stream through."""
+class _DatasetWriter:
+    """Writes the dataset of one file, and collects the index and all problems along the way."""
 
     def __init__(
         self, path: Path, task: Task, tokenizer: PromptTokenizer, query_max_tokens: int, passage_max_tokens: int
@@ -138,18 +146,18 @@ class _Preparation:
         self._lengths: list[np.ndarray] = []
 
     def write(self, folder: Path) -> None:
-        """Makes the data set and, last, its index."""
+        """Writes the dataset and finally its index."""
         examples = self._examples(_with_progress(self._path, read_records(self._path, self._task)))
         for number, first in enumerate(examples):
-            _write_part(_until_full(itertools.chain([first], examples)), folder / f"{number:05d}")
-        self._index(folder).save(folder / INDEX)
+            _write_part(_take_part(itertools.chain([first], examples)), folder / f"{number:05d}")
+        self._build_index(folder).save(folder / INDEX)
 
     def _examples(self, records: Iterator[Record]) -> Iterator[dict[str, Any]]:
-        while batch := list(itertools.islice(records, BATCH)):
+        while batch := list(itertools.islice(records, BATCH_SIZE)):
             queries, passages = self._texts(batch)
             if self._problems:
-                continue  # only looks for more of them
-            # Both texts of an STS pair are queries.
+                continue  # the rest of the file is only checked
+            # Both texts of an STS pair are tokenized as queries.
             others = queries if self._task == "sts" else passages
             for record in batch:
                 count = len(record.positives) + len(record.negatives)
@@ -158,15 +166,15 @@ class _Preparation:
             raise UserError(f"texts without a content token:\n{format_problems(self._problems)}")
 
     def _texts(self, batch: Sequence[Record]) -> tuple[Iterator[Tokens], Iterator[Tokens]]:
-        """The batch's queries and passages, each in the order of their lines."""
+        """Returns the tokenized queries and passages of a batch, each in file order."""
         queries: list[tuple[str, Triple]] = []
         passages: list[tuple[str, Triple]] = []
         others = queries if self._task == "sts" else passages
         for record in batch:
-            place = f"{self._path}:{record.line}"
-            queries.append((f"{place}: query", record.query))
-            others += [(f"{place}: positives[{i}]", triple) for i, triple in enumerate(record.positives)]
-            others += [(f"{place}: negatives[{i}]", triple) for i, triple in enumerate(record.negatives)]
+            line = f"{self._path}:{record.line}"
+            queries.append((f"{line}: query", record.query))
+            others += [(f"{line}: positives[{i}]", triple) for i, triple in enumerate(record.positives)]
+            others += [(f"{line}: negatives[{i}]", triple) for i, triple in enumerate(record.negatives)]
         tokenizer = self._tokenizer
         return (
             self._tokenize(tokenizer.tokenize_queries, queries, self._query_max_tokens, "query_max_tokens"),
@@ -182,8 +190,8 @@ class _Preparation:
     ) -> Iterator[Tokens]:
         try:
             return iter(tokenize([triple for _, triple in texts], max_tokens))
-        except EmptyContent as empty:
-            self._problems += empty.at([place for place, _ in texts], f"data.{setting}")
+        except EmptyContentError as error:
+            self._problems += error.problems_at([location for location, _ in texts], f"data.{setting}")
             return iter(())
 
     def _example(self, record: Record, texts: Sequence[Tokens]) -> dict[str, Any]:
@@ -197,12 +205,12 @@ class _Preparation:
             "line": record.line,
             "tokens": np.concatenate([text.ids for text in texts]),
             "lengths": lengths,
-            "content": np.array([text.content for text in texts], np.int32),
+            "content": np.array([text.content_start for text in texts], np.int32),
             "positives": len(record.positives),
             "score": score,
         }
 
-    def _index(self, folder: Path) -> Index:
+    def _build_index(self, folder: Path) -> Index:
         rows = open_parts(folder)
         row_of_line = {rows[row]["line"]: row for row in range(len(rows))}
         passages = np.array([lengths.size - 1 for lengths in self._lengths], np.int64)
@@ -219,11 +227,11 @@ class _Preparation:
 
 
 def _with_progress(path: Path, records: Iterator[Record]) -> Iterator[Record]:
-    """The records; a bar on stderr, where it is a terminal, shows how far through the file they are."""
+    """Yields the records and shows a progress bar on stderr if it is a terminal."""
     with path.open("rb") as file:
         lines = sum(1 for _ in file)
     console = Console(stderr=True)
-    # What is printed is left alone, for `_write_part` redirects it, too.
+    # rich must not redirect stdout because `_write_part` does.
     with Progress(
         console=console,
         transient=True,
@@ -237,8 +245,8 @@ def _with_progress(path: Path, records: Iterator[Record]) -> Iterator[Record]:
             progress.update(bar, completed=record.line)
 
 
-def _until_full(examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Takes examples until they hold PART_TOKENS; the rest stays in `examples`."""
+def _take_part(examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields examples with PART_TOKENS tokens in total and leaves the rest in `examples`."""
     tokens = 0
     for example in examples:
         yield example
@@ -248,23 +256,23 @@ def _until_full(examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 class TokenizedTexts(tfds.core.GeneratorBasedBuilder):
-    """One part of a tokenized file, as a TensorFlow Datasets builder."""
+    """TensorFlow Datasets builder of one part of a tokenized file."""
 
     name = BUILDER
     VERSION = tfds.core.Version(BUILDER_VERSION)
 
     def __init__(self, examples: Iterable[dict[str, Any]], data_dir: Path):
-        self._stream = examples
+        self._examples = examples
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        # Written as bytes twice as fast as one by one.
+        # Encoding as bytes is twice as fast as encoding single elements.
         flat = {"shape": (None,), "dtype": np.int32, "encoding": tfds.features.Encoding.BYTES}
         features = {
             "line": np.int64,
-            "tokens": tfds.features.Tensor(**flat),  # query, positives, negatives, one after the other
-            "lengths": tfds.features.Tensor(**flat),  # of each text
-            "content": tfds.features.Tensor(**flat),  # of each text
+            "tokens": tfds.features.Tensor(**flat),  # query, positives and negatives, concatenated
+            "lengths": tfds.features.Tensor(**flat),  # tokens of each text
+            "content": tfds.features.Tensor(**flat),  # `content_start` of each text
             "positives": np.int32,
             "score": np.float64,
         }
@@ -274,13 +282,13 @@ class TokenizedTexts(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for example in self._stream:
+        for example in self._examples:
             yield example["line"], example
 
 
 def _write_part(examples: Iterable[dict[str, Any]], folder: Path) -> None:
     tfds.disable_progress_bar()
-    # It prints that it downloads, which it does not.
+    # Hides a message about a download that does not happen.
     with contextlib.redirect_stdout(io.StringIO()):
         TokenizedTexts(examples, folder).download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)

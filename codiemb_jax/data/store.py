@@ -1,4 +1,4 @@
-"""A prepared data set: tokens in ArrayRecord, and the index of what can be planned without reading them."""
+"""Prepared datasets: tokens in ArrayRecord files, and an index for planning without reading them."""
 
 import os
 from collections.abc import Iterator
@@ -15,30 +15,30 @@ from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.text.prompts import Tokens
 
 INDEX = "index.npz"
-"""Written last: a folder that holds it is complete."""
+"""File name of the index. It is written last, so a folder that contains it is complete."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What can be planned without reading a text, in file order."""
+    """Lengths, counts and scores of all examples, in file order."""
 
     position: np.ndarray
-    """int64 [examples]: row of the ArrayRecord data set, because TensorFlow Datasets reorders by key hash"""
+    """int64 [examples]: row in the ArrayRecord files, because TensorFlow Datasets reorders examples by key hash"""
     score: np.ndarray
-    """float64 [examples]: of an STS pair; 0 for IR"""
+    """float64 [examples]: score of the STS pair; 0 for IR"""
     query_tokens: np.ndarray
-    """int32 [examples]"""
+    """int32 [examples]: number of tokens of the query"""
     positives: np.ndarray
-    """int32 [examples]: how many the example has; 1 for STS"""
+    """int32 [examples]: number of positives; 1 for STS"""
     negatives: np.ndarray
-    """int32 [examples]: likewise; 0 for STS"""
+    """int32 [examples]: number of negatives; 0 for STS"""
     passage_offsets: np.ndarray
-    """int64 [examples + 1]: an example's passages are passage_offsets[i] … passage_offsets[i + 1] - 1"""
+    """int64 [examples + 1]: example i has passages passage_offsets[i] … passage_offsets[i + 1] - 1"""
     passage_tokens: np.ndarray
-    """int32 [passages]: tokens of each; an example's positives, then its negatives"""
+    """int32 [passages]: number of tokens; the positives of an example come before its negatives"""
 
     def save(self, path: Path) -> None:
-        """Writes the arrays, completely or not at all."""
+        """Writes the arrays atomically."""
         unfinished = path.with_name(path.name + ".tmp")
         with unfinished.open("wb") as file:
             np.savez(file, allow_pickle=False, **asdict(self))
@@ -46,22 +46,31 @@ class Index:
 
     @classmethod
     def load(cls, path: Path) -> "Index":
-        with _reading(path.parent), np.load(path, allow_pickle=False) as arrays:
+        with _read_errors(path.parent), np.load(path, allow_pickle=False) as arrays:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
-class PreparedDataSet:
-    """A tokenized file.  Pickles as its paths; what it reads from is opened on first use."""
+class PreparedDataset:
+    """A tokenized data file. Pickles as its paths and opens its files on first use."""
 
     def __init__(self, path: Path, task: Task, folder: Path):
-        """`path` is the file it was made of, `folder` the complete folder in the cache."""
+        """Loads the index.
+
+        Args:
+          path: The original data file.
+          task: The task of the data.
+          folder: The complete folder in the cache.
+
+        Raises:
+          UserError: If the index is damaged.
+        """
         self.path = path
         self.task = task
         self.folder = folder
         self.index = Index.load(folder / INDEX)
 
-    def __reduce__(self) -> tuple[type["PreparedDataSet"], tuple[Path, Task, Path]]:
-        return PreparedDataSet, (self.path, self.task, self.folder)
+    def __reduce__(self) -> tuple[type["PreparedDataset"], tuple[Path, Task, Path]]:
+        return PreparedDataset, (self.path, self.task, self.folder)
 
     def __len__(self) -> int:
         return self.index.position.size
@@ -71,13 +80,13 @@ class PreparedDataSet:
         return open_parts(self.folder)
 
     def read(self, examples: np.ndarray) -> list[list[Tokens]]:
-        """The texts of each of `examples` (indices in file order): query, positives, negatives."""
-        with _reading(self.folder):
+        """Reads the texts (query, positives, negatives) of each of `examples`, given as indices in file order."""
+        with _read_errors(self.folder):
             rows = self._rows.__getitems__(self.index.position[examples].tolist())
         return [
             [
-                Tokens(ids, int(content))
-                for ids, content in zip(
+                Tokens(ids, int(content_start))
+                for ids, content_start in zip(
                     np.split(row["tokens"], np.cumsum(row["lengths"])[:-1]), row["content"], strict=True
                 )
             ]
@@ -85,34 +94,34 @@ class PreparedDataSet:
         ]
 
     def scores(self, examples: np.ndarray) -> np.ndarray:
-        """Scores of `examples` (indices in file order), float32 [examples]; NaN for IR."""
+        """Returns the scores of `examples`, given as indices in file order, as float32 [examples]; NaN for IR."""
         if self.task == "ir":
             return np.full(len(examples), np.nan, np.float32)
         return self.index.score[examples].astype(np.float32)
 
 
 BUILDER, BUILDER_VERSION = "tokenized_texts", "1.0.0"
-"""Of the TensorFlow Datasets builder that `prepare` writes with: the folders of each part."""
+"""Name and version of the TensorFlow Datasets builder in `prepare`, which names the folders of each part."""
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """UserError if a prepared data set cannot be read."""
+def _read_errors(folder: Path) -> Iterator[None]:
+    """Raises `UserError` if a prepared dataset cannot be read."""
     try:
         yield
-    except Exception as error:  # the libraries that read have errors of many kinds
+    except Exception as error:  # the libraries raise many types of errors
         reason = shorten(" ".join(str(error).split()), 200)
-        raise UserError(f"{folder}: the prepared data set is damaged ({reason}); delete the folder") from error
+        raise UserError(f"{folder}: the prepared dataset is damaged ({reason}); delete the folder") from error
 
 
 def cache_folder() -> Path:
-    """Where prepared data sets are kept: $CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax."""
+    """Returns the cache folder of prepared datasets: $CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax."""
     return Path(os.environ.get("CODIEMB_JAX_CACHE") or Path.home() / ".cache" / "codiemb_jax")
 
 
 def open_parts(folder: Path) -> Any:
-    """All parts of a prepared data set as one sequence of examples, for random access."""
-    import tensorflow_datasets as tfds  # seconds to load, and planning does without it
+    """Opens all parts of a prepared dataset as one random-access sequence of examples."""
+    import tensorflow_datasets as tfds  # slow to import, and not needed for planning
 
     parts = sorted(folder.glob(f"*/{BUILDER}/{BUILDER_VERSION}"))
     return tfds.builder_from_directories(parts).as_data_source(split="train")

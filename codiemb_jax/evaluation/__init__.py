@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Evaluation on held-out data."""

@@ -1,4 +1,4 @@
-"""Held-out data -> nDCG@10 and Spearman correlation."""
+"""Evaluates a model on held-out data by nDCG@10 and Spearman correlation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from scipy.stats import spearmanr
 from codiemb_jax.config import EvaluationSettings
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError, format_problems
-from codiemb_jax.text.prompts import EmptyContent, PromptTokenizer, Tokens
-from codiemb_jax.text.records import Triple, data_set_names, find_files, read_records
+from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
+from codiemb_jax.text.records import Triple, dataset_names, find_files, read_records
 from codiemb_jax.training.run_folder import HeldOutMetrics
 
 
 @dataclass(frozen=True)
 class HeldOutIR:
-    """Queries, all different passages of a file, and which of them answer each query."""
+    """A retrieval file: its queries, its unique passages, and the relevant passages of each query."""
 
     name: str
     queries: list[Tokens]
     passages: list[Tokens]
     relevant: list[set[int]]
-    """Places in `passages`, for each query."""
+    """Indices in `passages`, for each query."""
 
     def score(self, embedder: Embedder) -> tuple[str, float]:
-        """Mean nDCG@10: each query ranks all passages; a relevant one has gain 1."""
-        similarity = _directions(embedder, self.queries) @ _directions(embedder, self.passages).T
-        relevant = {str(i): {str(j): 1 for j in found} for i, found in enumerate(self.relevant)}
+        """Returns the mean nDCG@10. Each query ranks all passages, and relevant ones have gain 1."""
+        similarity = _unit_embeddings(embedder, self.queries) @ _unit_embeddings(embedder, self.passages).T
+        relevant = {str(i): {str(j): 1 for j in passages} for i, passages in enumerate(self.relevant)}
         ranking = {str(i): {str(j): float(s) for j, s in enumerate(row)} for i, row in enumerate(similarity)}
         scores = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10"}).evaluate(ranking)
         return "nDCG@10", float(np.mean([score["ndcg_cut_10"] for score in scores.values()]))
@@ -37,7 +37,7 @@ class HeldOutIR:
 
 @dataclass(frozen=True)
 class HeldOutSTS:
-    """Pairs of texts and their scores."""
+    """A similarity file: pairs of texts and their scores."""
 
     name: str
     first: list[Tokens]
@@ -45,26 +45,30 @@ class HeldOutSTS:
     scores: list[float]
 
     def score(self, embedder: Embedder) -> tuple[str, float]:
-        """Spearman correlation of cosine similarity and score."""
-        similarity = np.sum(_directions(embedder, self.first) * _directions(embedder, self.second), axis=1)
-        if not np.ptp(similarity):  # equal similarities rank nothing
+        """Returns the Spearman correlation between cosine similarities and scores."""
+        similarity = np.sum(_unit_embeddings(embedder, self.first) * _unit_embeddings(embedder, self.second), axis=1)
+        if not np.ptp(similarity):  # the correlation of constant values is undefined
             return "Spearman", 0.0
         return "Spearman", float(spearmanr(similarity, self.scores).statistic)
 
 
-def _directions(embedder: Embedder, texts: Sequence[Tokens]) -> np.ndarray:
-    """Vectors of length 1, whether or not the model's own are."""
-    vectors = embedder.embed_tokens(texts)
-    if not np.isfinite(vectors).all():
+def _unit_embeddings(embedder: Embedder, texts: Sequence[Tokens]) -> np.ndarray:
+    """Returns L2-normalized embeddings, even if the model does not normalize."""
+    embeddings = embedder.embed_tokens(texts)
+    if not np.isfinite(embeddings).all():
         raise UserError("the model's embeddings of held-out texts are NaN or infinite")
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
 
 
 HeldOut = HeldOutIR | HeldOutSTS
 
 
 def read_held_out(settings: EvaluationSettings, tokenizer: PromptTokenizer, max_tokens: int) -> list[HeldOut]:
-    """Reads and tokenizes every held-out file.  UserError for whatever in them cannot be used."""
+    """Reads and tokenizes all held-out files.
+
+    Raises:
+      UserError: If a file is invalid.
+    """
     held_out: list[HeldOut] = []
     readers: tuple[tuple[str, list[Path], Callable[..., HeldOut]], ...] = (
         ("evaluation.ir", settings.ir, _read_ir),
@@ -72,21 +76,21 @@ def read_held_out(settings: EvaluationSettings, tokenizer: PromptTokenizer, max_
     )
     for setting, paths, read in readers:
         files = find_files(paths, setting)
-        held_out += [read(p, name, tokenizer, max_tokens) for p, name in zip(files, data_set_names(files), strict=True)]
+        held_out += [read(p, name, tokenizer, max_tokens) for p, name in zip(files, dataset_names(files), strict=True)]
     return held_out
 
 
 def evaluate(embedder: Embedder, held_out: Sequence[HeldOut]) -> HeldOutMetrics:
-    """Every held-out file's metric, between 0 and 1 (Spearman: -1 and 1)."""
+    """Returns the metric of each held-out file: nDCG@10 in [0, 1], or Spearman correlation in [-1, 1]."""
     metrics = {}
-    for part in held_out:
-        metric, value = part.score(embedder)
-        metrics[f"{part.name} {metric}"] = value
+    for file in held_out:
+        metric, value = file.score(embedder)
+        metrics[f"{file.name} {metric}"] = value
     return metrics
 
 
 def _read_ir(path: Path, name: str, tokenizer: PromptTokenizer, max_tokens: int) -> HeldOutIR:
-    places: dict[Triple, int] = {}
+    indices: dict[Triple, int] = {}
     queries: list[tuple[str, Triple]] = []
     passages: list[tuple[str, Triple]] = []
     relevant: list[set[int]] = []
@@ -95,11 +99,11 @@ def _read_ir(path: Path, name: str, tokenizer: PromptTokenizer, max_tokens: int)
         found = []
         for field in ("positives", "negatives"):
             for i, passage in enumerate(getattr(record, field)):
-                passage = passage._replace(task="")  # not read of passages
-                if passage not in places:
-                    places[passage] = len(passages)
+                passage = passage._replace(task="")  # the task instruction of a passage is not used
+                if passage not in indices:
+                    indices[passage] = len(passages)
                     passages.append((f"{path}:{record.line}: {field}[{i}]", passage))
-                found.append(places[passage])
+                found.append(indices[passage])
         relevant.append(set(found[: len(record.positives)]))
     return HeldOutIR(
         name=name,
@@ -113,7 +117,7 @@ def _read_sts(path: Path, name: str, tokenizer: PromptTokenizer, max_tokens: int
     records = list(read_records(path, "sts"))
     scores = [record.score for record in records if record.score is not None]
     if len(set(scores)) < 2:
-        raise UserError(f"{path}: all pairs have the same score; a rank correlation needs at least two")
+        raise UserError(f"{path}: all pairs have the same score; rank correlation needs at least two different scores")
     first = [(f"{path}:{record.line}: query", record.query) for record in records]
     second = [(f"{path}:{record.line}: positives[0]", record.positives[0]) for record in records]
     return HeldOutSTS(
@@ -129,6 +133,7 @@ def _tokenize(
 ) -> list[Tokens]:
     try:
         return tokenize([triple for _, triple in texts], max_tokens)
-    except EmptyContent as empty:
-        problems = empty.at([place for place, _ in texts], "data.query_max_tokens and data.passage_max_tokens")
-        raise UserError(f"texts without a content token:\n{format_problems(problems)}") from empty
+    except EmptyContentError as error:
+        locations = [location for location, _ in texts]
+        problems = error.problems_at(locations, "data.query_max_tokens and data.passage_max_tokens")
+        raise UserError(f"texts without a content token:\n{format_problems(problems)}") from error

@@ -1,1 +1,1 @@
-"""Token ids -> one vector a text."""
+"""Models that map token ids to one embedding per text."""

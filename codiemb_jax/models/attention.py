@@ -1,4 +1,4 @@
-"""Attention within segments."""
+"""Segment-masked attention."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Attention:
-    """Softmax attention in which a token sees the tokens of its own segment only."""
+    """Softmax attention in which each token attends only to tokens of its own segment."""
 
     causal: bool
-    """Whether it sees only those before it, itself included."""
+    """Whether a token attends only to itself and earlier tokens."""
     dropout_rate: float = 0.0
 
     def __call__(
@@ -23,12 +23,18 @@ class Attention:
         positions: jax.Array,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """
-        query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, tokens, head_dim], where kv_heads divides
-        heads (grouped queries); segment_ids, positions: int [rows, tokens]; dropout_keys: one random key per token
-        [rows, tokens], None for no dropout.  Scores and softmax are float32.
+        """Computes attention. Scores and softmax are float32.
 
-        Returns [rows, heads, tokens, head_dim] in the dtype of `value`.
+        Args:
+          query: [rows, heads, tokens, head_dim].
+          key: [rows, kv_heads, tokens, head_dim], where kv_heads divides heads (grouped-query attention).
+          value: [rows, kv_heads, tokens, head_dim].
+          segment_ids: int [rows, tokens].
+          positions: int [rows, tokens], the position of each token in its text.
+          dropout_keys: One random key per token, [rows, tokens]; None disables dropout.
+
+        Returns:
+          [rows, heads, tokens, head_dim] in the dtype of `value`.
         """
         rows, heads, tokens, head_dim = query.shape
         grouped = query.reshape(rows, key.shape[1], -1, tokens, head_dim)
@@ -36,25 +42,25 @@ class Attention:
         visible = segment_ids[:, :, None] == segment_ids[:, None, :]
         if self.causal:
             visible &= jnp.tril(jnp.ones((tokens, tokens), bool))
-        # Padding is a segment of its own, so every row of scores has something to see.
+        # Padding is a segment, too, so no row of the scores is fully masked.
         scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1)
         if dropout_keys is not None and self.dropout_rate > 0:
-            kept = _kept(dropout_keys, positions, heads, 1 - self.dropout_rate).reshape(weights.shape)
-            weights = jnp.where(kept, weights / (1 - self.dropout_rate), 0.0)
+            keep = _keep_mask(dropout_keys, positions, heads, 1 - self.dropout_rate).reshape(weights.shape)
+            weights = jnp.where(keep, weights / (1 - self.dropout_rate), 0.0)
         attended = jnp.einsum("rkgqs,rksd->rkgqd", weights.astype(value.dtype), value)
         return attended.reshape(rows, heads, tokens, head_dim)
 
 
-def _kept(dropout_keys: jax.Array, positions: jax.Array, heads: int, probability: float) -> jax.Array:
-    """Which attention weights stay, bool [rows, heads, queries, keys].
+def _keep_mask(dropout_keys: jax.Array, positions: jax.Array, heads: int, keep_prob: float) -> jax.Array:
+    """Returns which attention weights to keep, bool [rows, heads, queries, keys].
 
-    Drawn from the query's own random key and the key token's position in its text, so that it does not matter where in
-    a row the text lies.
+    Each is drawn from the random key of the query token and the position of the key token in its text, so the mask does
+    not depend on where the text is in its row.
     """
 
-    def of_pair(dropout_key: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(jax.random.fold_in(dropout_key, position), probability, (heads,))
+    def draw(dropout_key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(dropout_key, position), keep_prob, (heads,))
 
-    of_row = jax.vmap(jax.vmap(of_pair, (None, 0)), (0, None))
-    return jnp.moveaxis(jax.vmap(of_row)(dropout_keys, positions), -1, 1)
+    draw_row = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))
+    return jnp.moveaxis(jax.vmap(draw_row)(dropout_keys, positions), -1, 1)

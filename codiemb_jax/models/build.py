@@ -1,4 +1,4 @@
-"""A model's graph and abstract parameters, and the values of parameters that no checkpoint holds."""
+"""Abstract models, and initial values for parameters that checkpoints do not have."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,10 +17,10 @@ Params = dict[str, Any]
 
 
 def abstract_model(
-    kind: Callable[..., TextModel], config: Any, settings: ModelSettings, mesh: jax.sharding.Mesh
+    model_class: Callable[..., TextModel], config: Any, settings: ModelSettings, mesh: jax.sharding.Mesh
 ) -> tuple[Any, Params]:
-    """Graph of a model of this kind, and shape, dtype and sharding of each parameter; nothing is allocated."""
-    model = nnx.eval_shape(lambda: kind(config, settings, nnx.Rngs(0)))
+    """Returns the graph of a model and its abstract parameters (shape, dtype, sharding) without allocating memory."""
+    model = nnx.eval_shape(lambda: model_class(config, settings, nnx.Rngs(0)))
     graph, variables = nnx.split(model)
     dtype = jnp.dtype(settings.param_dtype)
     params = jax.tree.map(
@@ -32,16 +32,16 @@ def abstract_model(
 
 
 def random_key(seed: int, purpose: Literal["projection", "dropout"]) -> jax.Array:
-    """A run's random key for one purpose: those of two purposes have nothing in common."""
+    """Returns the random key of a run for one purpose; the keys of different purposes are independent."""
     return jax.random.fold_in(jax.random.key(np.uint32(seed)), ("projection", "dropout").index(purpose))
 
 
 def new_projection(abstract: Params, seed: int) -> Params:
-    """A projection's initial parameters, laid out as `abstract` says."""
-    size, projected = abstract["kernel"].shape
+    """Returns initial parameters of a projection with the shapes, dtypes and shardings of `abstract`."""
+    size, projection_dim = abstract["kernel"].shape
 
-    def initial() -> Params:
-        params = nnx.to_pure_dict(nnx.state(Projection(size, projected, nnx.Rngs(random_key(seed, "projection")))))
-        return jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), params, abstract)
+    def init() -> Params:
+        params = nnx.to_pure_dict(nnx.state(Projection(size, projection_dim, nnx.Rngs(random_key(seed, "projection")))))
+        return jax.tree.map(lambda leaf, target: leaf.astype(target.dtype), params, abstract)
 
-    return jax.jit(initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

@@ -1,7 +1,7 @@
-"""The decoder of Llama, Qwen3, UTU (Youtu) and MiniCPM: told apart by its config alone.
+"""Decoder model for Llama, Qwen3, Granite, MiniCPM and UTU (Youtu), which differ only in their configs.
 
-Weights of all layers are stacked on a leading axis and the layers run in one `jax.lax.scan`, so that
-compile time does not grow with depth.
+The weights of all layers are stacked on a leading axis and the layers run in one `jax.lax.scan`, so compile time does
+not grow with depth.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from codiemb_jax.sharding import constrain_rows
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What makes one decoder differ from another."""
+    """Hyperparameters of a decoder."""
 
     vocab_size: int
     hidden_size: int
@@ -34,13 +34,13 @@ class DecoderConfig:
     norm_eps: float
     rope: Rope
     qk_norm: bool
-    """RMSNorm of each head's queries and keys before the rotation (Qwen3, UTU)."""
+    """Whether to apply RMSNorm to the queries and keys of each head before the rotation (Qwen3, UTU)."""
     max_positions: int
     initializer_range: float
     embedding_scale: float = 1.0
-    """Factor of the embeddings (MiniCPM)."""
+    """Factor applied to the token embeddings (MiniCPM, Granite)."""
     residual_scale: float = 1.0
-    """Factor of what attention and MLP add (MiniCPM)."""
+    """Factor applied to the outputs of attention and MLP before they are added (MiniCPM, Granite)."""
     attention_dropout: float = 0.0
 
     @property
@@ -52,14 +52,14 @@ class DecoderConfig:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Normalizes the last axis in float32, then scales in the type of x, as transformers does."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * scale.astype(x.dtype)
+    """Normalizes the last axis in float32, then scales in the dtype of x, as transformers does."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class DecoderLayers(nnx.Module):
-    """All layers' weights; called inside the scan, where each weight has lost its leading axis."""
+    """The stacked weights of all layers. Called inside the scan, where each weight lacks its leading axis."""
 
     def __init__(self, config: DecoderConfig, attention: Attention, rngs: nnx.Rngs):
         self.config, self.attention = config, attention
@@ -83,16 +83,16 @@ class DecoderLayers(nnx.Module):
         x: jax.Array,
         segment_ids: jax.Array,
         positions: jax.Array,
-        cosine: jax.Array,
-        sine: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
         *,
         dropout_keys: jax.Array | None,
     ) -> jax.Array:
-        """One layer: [rows, tokens, embed] -> the same."""
+        """Applies one layer to x, [rows, tokens, embed], and returns the same shape."""
         eps, scale = self.config.norm_eps, self.config.residual_scale
         h = rms_norm(x, self.attention_norm[...], eps)
         query, key, value = self._query_key_value(h)
-        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         attended = self.attention(query, key, value, segment_ids, positions, dropout_keys)
         attended = attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         x = x + scale * (attended @ self.o[...].astype(x.dtype))
@@ -101,15 +101,19 @@ class DecoderLayers(nnx.Module):
         return constrain_rows(x + scale * ((jax.nn.silu(h @ gate) * (h @ up)) @ down))
 
     def _query_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Before the rotation, [rows, heads, tokens, head_dim] and twice [rows, kv_heads, tokens, head_dim]."""
+        """Computes query, key and value before the rotation.
+
+        Returns:
+          query [rows, heads, tokens, head_dim]; key and value [rows, kv_heads, tokens, head_dim].
+        """
         rows, tokens, _ = x.shape
         config = self.config
 
-        def heads(weight: nnx.Param) -> jax.Array:  # heads before tokens: the order that CPUs like best
-            split = (x @ weight[...].astype(x.dtype)).reshape(rows, tokens, -1, config.head_dim)
-            return split.transpose(0, 2, 1, 3)
+        def project(weight: nnx.Param) -> jax.Array:
+            heads = (x @ weight[...].astype(x.dtype)).reshape(rows, tokens, -1, config.head_dim)
+            return heads.transpose(0, 2, 1, 3)  # heads before tokens is fastest on CPUs
 
-        query, key, value = heads(self.q), heads(self.k), heads(self.v)
+        query, key, value = project(self.q), project(self.k), project(self.v)
         if config.qk_norm:
             query = rms_norm(query, self.q_norm[...], config.norm_eps)
             key = rms_norm(key, self.k_norm[...], config.norm_eps)
@@ -117,7 +121,7 @@ class DecoderLayers(nnx.Module):
 
 
 class Decoder(TextModel):
-    """Token ids -> hidden states."""
+    """Decoder stack that maps token ids to hidden states."""
 
     def __init__(self, config: DecoderConfig, settings: ModelSettings, rngs: nnx.Rngs):
         super().__init__(config.hidden_size, config.layers, settings, rngs)
@@ -135,18 +139,18 @@ class Decoder(TextModel):
         dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
-        # Cast after the look-up: the gradient of a frequent token is summed in the type of the weights.
+        # Cast after the lookup, so the gradient of a frequent token is accumulated in the dtype of the weights.
         x = config.embedding_scale * constrain_rows(self.embedding[...][rows.tokens].astype(self.compute_dtype))
         positions = jnp.asarray(rows.positions)
-        cosine, sine = rotation(config.rope.inverse_frequencies(config.head_dim), positions)
+        cos, sin = rotation(config.rope.inverse_frequencies(config.head_dim), positions)
         x, tapped = run_layers(
             self.layers,
             config.layers,
             x,
             jnp.asarray(rows.segment_ids),
             positions,
-            cosine,
-            sine,
+            cos,
+            sin,
             tap_layer=tap_layer,
             tap=tap,
             dropout_keys=dropout_keys,

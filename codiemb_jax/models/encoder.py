@@ -1,4 +1,4 @@
-"""The encoder of BERT and XLM-RoBERTa: learned positions, norms after each addition.
+"""Encoder model for BERT and XLM-RoBERTa, with learned position embeddings and post-layer normalization.
 
 Layers are stacked and scanned as in the decoder.
 """
@@ -15,7 +15,7 @@ from flax import nnx
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
 from codiemb_jax.models.attention import Attention
-from codiemb_jax.models.layers import TextModel, dropout, fold, normal, ones, run_layers, zeros
+from codiemb_jax.models.layers import TextModel, dropout, fold_in, normal, ones, run_layers, zeros
 from codiemb_jax.sharding import constrain_rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -24,12 +24,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
-"""By their names in Hugging Face's `hidden_act`."""
+"""Activation functions by their names in `hidden_act` of Hugging Face configs."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What makes one encoder differ from another."""
+    """Hyperparameters of an encoder."""
 
     vocab_size: int
     hidden_size: int
@@ -38,10 +38,10 @@ class EncoderConfig:
     heads: int
     norm_eps: float
     activation: str
-    position_rows: int
-    """Rows of the table of positions."""
+    num_position_embeddings: int
+    """Number of position embeddings, including those before `first_position`."""
     first_position: int
-    """Row of a text's first token (XLM-RoBERTa: the one after the padding id)."""
+    """Index of the position embedding of a text's first token (XLM-RoBERTa: the padding id + 1)."""
     token_types: int
     hidden_dropout: float
     attention_dropout: float
@@ -49,7 +49,7 @@ class EncoderConfig:
 
     @property
     def max_positions(self) -> int:
-        return self.position_rows - self.first_position
+        return self.num_position_embeddings - self.first_position
 
     @property
     def has_dropout(self) -> bool:
@@ -60,11 +60,11 @@ class EncoderConfig:
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """Normalizes the last axis in float32; returns the type of x."""
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    """Normalizes the last axis in float32 and returns the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
@@ -72,7 +72,7 @@ def _linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
 
 
 class EncoderLayers(nnx.Module):
-    """All layers' weights; called inside the scan, where each weight has lost its leading axis."""
+    """The stacked weights of all layers. Called inside the scan, where each weight lacks its leading axis."""
 
     def __init__(self, config: EncoderConfig, attention: Attention, rngs: nnx.Rngs):
         self.config, self.attention = config, attention
@@ -95,13 +95,13 @@ class EncoderLayers(nnx.Module):
     def __call__(
         self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, dropout_keys: jax.Array | None
     ) -> jax.Array:
-        """One layer: [rows, tokens, embed] -> the same."""
+        """Applies one layer to x, [rows, tokens, embed], and returns the same shape."""
         config, keys = self.config, dropout_keys
-        h = self._attention(x, segment_ids, positions, fold(keys, 0))
-        h = dropout(h, config.hidden_dropout, fold(keys, 1))
+        h = self._attention(x, segment_ids, positions, fold_in(keys, 0))
+        h = dropout(h, config.hidden_dropout, fold_in(keys, 1))
         x = layer_norm(x + h, self.attention_norm[...], self.attention_norm_bias[...], config.norm_eps)
         h = ACTIVATIONS[config.activation](_linear(x, self.up, self.up_bias))
-        h = dropout(_linear(h, self.down, self.down_bias), config.hidden_dropout, fold(keys, 2))
+        h = dropout(_linear(h, self.down, self.down_bias), config.hidden_dropout, fold_in(keys, 2))
         return constrain_rows(layer_norm(x + h, self.mlp_norm[...], self.mlp_norm_bias[...], config.norm_eps))
 
     def _attention(
@@ -109,39 +109,40 @@ class EncoderLayers(nnx.Module):
     ) -> jax.Array:
         rows, tokens, _ = x.shape
 
-        def heads(weight: nnx.Param, bias: nnx.Param) -> jax.Array:  # [rows, heads, tokens, head_dim]
+        def project(weight: nnx.Param, bias: nnx.Param) -> jax.Array:  # [rows, heads, tokens, head_dim]
             return _linear(x, weight, bias).reshape(rows, tokens, self.config.heads, -1).transpose(0, 2, 1, 3)
 
-        query, key, value = heads(self.q, self.q_bias), heads(self.k, self.k_bias), heads(self.v, self.v_bias)
+        query, key, value = project(self.q, self.q_bias), project(self.k, self.k_bias), project(self.v, self.v_bias)
         attended = self.attention(query, key, value, segment_ids, positions, dropout_keys)
         return _linear(attended.transpose(0, 2, 1, 3).reshape(rows, tokens, -1), self.o, self.o_bias)
 
 
-def position_rows(rows: TokenRows, first_position: int) -> jax.Array:
-    """Which row of the table of positions each token takes, int32 [rows, tokens].
+def position_indices(rows: TokenRows, first_position: int) -> jax.Array:
+    """Returns the index of each token's position embedding, int32 [rows, tokens].
 
-    Where rows begin after that of the padding id (XLM-RoBERTa), a padding token inside a text takes the padding's
-    row and is not counted, as in transformers.
+    If positions start after the padding id (XLM-RoBERTa), a padding token inside a text gets the padding position and
+    does not advance the count, as in transformers.
     """
     positions = jnp.asarray(rows.positions)
     if not first_position:
         return positions
-    padding = jnp.asarray(rows.tokens) == first_position - 1
-    before = jnp.pad(jnp.cumsum(padding, axis=1), ((0, 0), (1, 0)))  # of a row's first 0, 1, … tokens
-    places = jnp.arange(positions.shape[1])
-    before_text = jnp.take_along_axis(before, places - positions, axis=1)
-    return jnp.where(padding, 0, positions + 1 - before[:, :-1] + before_text) + first_position - 1
+    is_padding = jnp.asarray(rows.tokens) == first_position - 1
+    # Number of padding tokens among the first 0, 1, … tokens of each row.
+    padding_before = jnp.pad(jnp.cumsum(is_padding, axis=1), ((0, 0), (1, 0)))
+    columns = jnp.arange(positions.shape[1])
+    before_text = jnp.take_along_axis(padding_before, columns - positions, axis=1)
+    return jnp.where(is_padding, 0, positions + 1 - padding_before[:, :-1] + before_text) + first_position - 1
 
 
 class Encoder(TextModel):
-    """Token ids -> hidden states."""
+    """Encoder stack that maps token ids to hidden states."""
 
     def __init__(self, config: EncoderConfig, settings: ModelSettings, rngs: nnx.Rngs):
         super().__init__(config.hidden_size, config.layers, settings, rngs)
         self.config = config
         embed, std = config.hidden_size, config.initializer_range
         self.embedding = normal(rngs, std, vocab=config.vocab_size, embed=embed)
-        self.positions = normal(rngs, std, positions=config.position_rows, embed=embed)
+        self.positions = normal(rngs, std, positions=config.num_position_embeddings, embed=embed)
         self.token_types = normal(rngs, std, token_types=config.token_types, embed=embed)
         self.norm, self.norm_bias = ones(embed=embed), zeros(embed=embed)
         self.layers = EncoderLayers(config, Attention(False, config.attention_dropout), rngs)
@@ -154,13 +155,13 @@ class Encoder(TextModel):
         dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
-        places = position_rows(rows, config.first_position)
-        # All tokens are of the first type: a row holds single texts, never pairs.
-        x = self.embedding[...][rows.tokens] + self.token_types[...][0] + self.positions[...][places]
+        indices = position_indices(rows, config.first_position)
+        # All tokens have token type 0, because texts are never encoded as pairs.
+        x = self.embedding[...][rows.tokens] + self.token_types[...][0] + self.positions[...][indices]
         x = constrain_rows(
             layer_norm(x, self.norm[...], self.norm_bias[...], config.norm_eps).astype(self.compute_dtype)
         )
-        x = dropout(x, config.hidden_dropout, fold(dropout_keys, 0))
+        x = dropout(x, config.hidden_dropout, fold_in(dropout_keys, 0))
         return run_layers(
             self.layers,
             config.layers,

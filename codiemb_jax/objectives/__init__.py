@@ -1,1 +1,1 @@
-"""Vectors and labels -> one scalar."""
+"""Training objectives, which map embeddings and labels to a scalar loss."""

@@ -1,8 +1,8 @@
-"""Which examples are compared with each other, and gathering them across devices.
+"""Groups of examples that are compared with each other, gathered across devices where necessary.
 
-Objectives run inside `jax.shard_map`: device i of the mesh axes, in row-major order, holds the b examples of the global
-batch from i * b on.  Which examples form a group is a matter of the settings, not of the devices, so that neither a
-loss nor its gradient depends on their number.
+Objectives run inside `jax.shard_map`. Device i of the mesh axes, in row-major order, has the b examples of the global
+batch that start at i * b. Groups depend on the settings and not on the devices, so the loss and its gradient are the
+same for any number of devices.
 """
 
 from typing import NamedTuple, TypeVar
@@ -12,58 +12,63 @@ import jax.numpy as jnp
 
 Tree = TypeVar("Tree")
 Parts = dict[str, jax.Array]
+"""Unweighted parts of a loss by name, for logging."""
 
 
 class Examples(NamedTuple):
-    """What an objective sees of one device's examples.  Vectors have length 1."""
+    """The examples of one device as an objective sees them. Embeddings have unit length."""
 
     queries: jax.Array
     """float32 [examples, dim]"""
     passages: jax.Array
-    """float32 [examples, positives + negatives, dim]; the second text of an STS pair is its one passage"""
+    """float32 [examples, positives + negatives, dim]; an STS pair has its second text as its only passage"""
     present: jax.Array
-    """bool [examples, negatives]: False where a place holds no negative"""
+    """bool [examples, negatives]; False for padding"""
     scores: jax.Array
-    """float32 [examples]; NaN: the example has no score"""
+    """float32 [examples]; NaN for examples without a score"""
     middle: tuple[jax.Array, jax.Array] | None = None
-    """Queries and passages as the middle layer sees them; None unless the objective needs them"""
+    """Queries and passages embedded by the middle layer; None unless the objective needs them"""
 
 
 class Groups(NamedTuple):
-    """Groups of consecutive examples of the global batch: those of one group are compared with each other."""
+    """Groups of consecutive examples of the global batch, whose examples are compared with each other."""
 
     size: int | None
-    """Examples per group; None: the global batch."""
+    """Examples per group; None means the global batch."""
     axes: tuple[str, ...] = ()
-    """Mesh axes over which the global batch is split; (): it lies on this device, and there is no mesh."""
+    """Mesh axes over which the global batch is split; () means that it is on one device, without a mesh."""
 
     def _size(self, b: int) -> int:
         return self.size or (b * jax.lax.axis_size(self.axes) if self.axes else b)
 
-    def _across_devices(self, b: int) -> bool:
+    def _cross_devices(self, b: int) -> bool:
         return bool(self.axes) and b % self._size(b) != 0
 
     def gather(self, tree: Tree, b: int) -> Tree:
-        """Whole groups of [b, …] examples: of all devices if any group lies across devices, else this device's."""
-        return jax.lax.all_gather(tree, self.axes, tiled=True) if self._across_devices(b) else tree
+        """Gathers the [b, …] examples of all devices if groups cross devices, otherwise returns `tree` unchanged."""
+        return jax.lax.all_gather(tree, self.axes, tiled=True) if self._cross_devices(b) else tree
 
-    def comparable(self, b: int) -> tuple[jax.Array, jax.Array]:
-        """Where this device's b examples are among the gathered ones, int [b], and which of those are in the group of
-        each, bool [b, gathered]."""
+    def membership(self, b: int) -> tuple[jax.Array, jax.Array]:
+        """Relates the b examples of this device to the gathered examples.
+
+        Returns:
+          The index of each example among the gathered ones, int [b], and which gathered examples are in its group,
+          bool [b, gathered].
+        """
         own, gathered = jnp.arange(b), b
-        if self._across_devices(b):
+        if self._cross_devices(b):
             own, gathered = own + b * jax.lax.axis_index(self.axes), b * jax.lax.axis_size(self.axes)
         size = self._size(b)
         return own, own[:, None] // size == jnp.arange(gathered) // size
 
-    def lists(self, tree: Tree, b: int) -> Tree:
-        """[b, …] examples as whole groups [groups, size, …].
+    def split(self, tree: Tree, b: int) -> Tree:
+        """Splits [b, …] examples into whole groups, [groups, size, …].
 
-        If groups lie across devices every device gets them all, which is cheap for what little a list needs.
+        If groups cross devices, every device gets all groups. This is cheap because list-wise losses need little data.
         """
         size = self._size(b)
         return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), self.gather(tree, b))
 
     def mean(self, tree: Tree) -> Tree:
-        """Mean over devices."""
+        """Averages over devices."""
         return jax.lax.pmean(tree, self.axes) if self.axes else tree

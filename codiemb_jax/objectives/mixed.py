@@ -1,4 +1,4 @@
-"""The mixed-batch ablation: each device has examples of one task, devices of different ones (`sampler: mixed`)."""
+"""Objective of the mixed-batch ablation (`sampler: mixed`), where each device has examples of a single task."""
 
 from collections.abc import Mapping
 
@@ -18,23 +18,30 @@ def mixed(
     sizes: Mapping[Task, int | None],
     axes: tuple[str, ...],
 ) -> tuple[jax.Array, Parts]:
-    """Each device's own task on its own examples alone: groups never cross devices, nothing is gathered.
+    """Computes on each device the loss of its own task over its own examples, without gathering anything.
 
-    objectives, sizes: those of each task and the examples in its groups.  An STS pair is a query whose first passage is
-    its second text and whose other passages are absent.
-    Returns the mean over devices, and each task's parts as means over the devices that have it (NaN if none).
+    Args:
+      examples: The examples of one device. An STS pair is a query whose first passage is its second text and whose
+        other passages are padding.
+      settings: The objective settings.
+      objectives: The objective of each task.
+      sizes: The group size of each task; None means all examples of a device.
+      axes: Mesh axes over which the global batch is split.
+
+    Returns:
+      The mean loss over devices, and the parts of each task averaged over the devices with that task (NaN if none).
     """
-    is_ir = jnp.isnan(examples.scores[0])  # alike on all of a device
-    # A score that is NaN would make the gradient of the similarity loss NaN, chosen or not.
+    is_ir = jnp.isnan(examples.scores[0])  # all examples of a device are of the same task
+    # NaN scores would make the gradient of the STS loss NaN even where `jnp.where` does not select that loss.
     examples = examples._replace(scores=jnp.nan_to_num(examples.scores))
-    everywhere = Groups(None, axes)
+    all_devices = Groups(None, axes)
     total, parts = jnp.zeros((), examples.queries.dtype), {}
     for task, objective in objectives.items():
-        loss, own_parts = objective.compute(examples, settings, Groups(sizes[task]))
-        own = is_ir if task == "ir" else ~is_ir
-        total += jnp.where(own, loss, 0)
-        share = everywhere.mean(own.astype(loss.dtype))
-        for name, part in own_parts.items():
+        loss, task_parts = objective.compute(examples, settings, Groups(sizes[task]))
+        has_task = is_ir if task == "ir" else ~is_ir
+        total += jnp.where(has_task, loss, 0)
+        share = all_devices.mean(has_task.astype(loss.dtype))
+        for name, part in task_parts.items():
             name = name if name not in parts else f"{task}_{name}"
-            parts[name] = everywhere.mean(jnp.where(own, part, 0)) / share
-    return everywhere.mean(total), parts
+            parts[name] = all_devices.mean(jnp.where(has_task, part, 0)) / share
+    return all_devices.mean(total), parts

@@ -1,4 +1,4 @@
-"""List-wise losses: how well predicted similarities follow the scores of a list of pairs."""
+"""List-wise losses, which compare predicted similarities with the scores of a list of pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,23 @@ from codiemb_jax.objectives.groups import Examples, Groups, Parts
 
 
 def pearson(similarity: jax.Array, scores: jax.Array) -> jax.Array:
-    """1 - Pearson correlation, from population moments.
+    """1 - Pearson correlation, with population moments.
 
-    similarity, scores: [pairs].  Returns a scalar: 0, with a zero gradient, if all scores are equal;
-    otherwise 1, with a finite gradient, if all similarities are.
+    Args:
+      similarity: [pairs].
+      scores: [pairs].
+
+    Returns:
+      A scalar; 0 with a zero gradient if all scores are equal, otherwise 1 with a finite gradient if all similarities
+      are equal.
     """
-    predicted, true = _standardized(similarity), _standardized(scores.astype(similarity.dtype))
+    predicted, true = _standardize(similarity), _standardize(scores.astype(similarity.dtype))
     return jnp.where(jnp.any(true != 0), 1 - jnp.mean(predicted * true), 0)
 
 
-def _standardized(values: jax.Array) -> jax.Array:
-    """[pairs] with mean 0 and variance 1; zeros if all are equal."""
-    # Equal values minus their mean may leave rounding errors, which the division would blow up.
+def _standardize(values: jax.Array) -> jax.Array:
+    """Shifts and scales values, [pairs], to mean 0 and variance 1; returns zeros if all are equal."""
+    # Makes equal values exactly 0. Subtracting only the mean may leave rounding errors that the division amplifies.
     values = values - values[0]
     deviations = values - jnp.mean(values)
     variance = jnp.mean(deviations**2)
@@ -29,15 +34,22 @@ def _standardized(values: jax.Array) -> jax.Array:
 
 
 def rank_kl(similarity: jax.Array, scores: jax.Array, temperature: float) -> jax.Array:
-    """KL divergence between a distribution built on the ranks of the scores and the similarities' (CoDiEmb).
+    """KL divergence between a distribution based on score ranks and one based on similarities (CoDiEmb).
 
-    similarity, scores: [pairs].  With n pairs and r the 0-based descending rank of a score, ties averaged,
+    With n pairs and r the descending rank of a score, from 0 and averaged over ties,
     target = softmax((n - 1 - r) / (n - 1) / temperature), and the loss is
-    KL(target || softmax(similarity / temperature)) / n.
-    Returns a scalar; 0 for a list of one.  Equal scores make a uniform target.
+    KL(target || softmax(similarity / temperature)) / n. If all scores are equal, the target is uniform.
+
+    Args:
+      similarity: [pairs].
+      scores: [pairs].
+      temperature: Temperature of both distributions.
+
+    Returns:
+      A scalar; 0 for a list of one pair.
     """
     n = len(scores)
-    # n - 1 - r is the mean of how many lie lower and how many others do not lie higher.
+    # n - 1 - r is the average of the number of lower scores and the number of other scores that are not higher.
     # jax.scipy.stats.rankdata does not trace under vmap inside a shard_map (jax 0.10.2).
     reverse_rank = jnp.sum(scores[:, None] > scores, axis=1) + jnp.sum(scores[:, None] >= scores, axis=1) - 1
     reverse_rank = reverse_rank.astype(similarity.dtype) / 2
@@ -47,19 +59,26 @@ def rank_kl(similarity: jax.Array, scores: jax.Array, temperature: float) -> jax
 
 
 def pro(similarity: jax.Array, scores: jax.Array, temperature: float) -> jax.Array:
-    """Preference ranking: each pair against all lower ones, weighted by the gap of the scores (CoDiEmb).
+    """Preference ranking optimization: ranks each pair above all lower pairs, weighted by score gaps (CoDiEmb).
 
-    similarity, scores: [pairs].  With s = similarity / temperature, w_kj = y_k - y_j for the pairs j whose
-    score lies more than 1e-8 below that of k, and w_k the largest of them, the loss of k is
-    -log(exp(w_k s_k) / (exp(w_k s_k) + sum_j exp(w_kj s_j))); mean over the k that have such pairs.
-    Returns a scalar; 0, with a zero gradient, if all scores are equal.
+    Let s = similarity / temperature and y = scores. For the pairs j whose score is more than 1e-8 below that of pair k,
+    let w_kj = y_k - y_j, and let w_k be the largest of these. The loss of k is
+    -log(exp(w_k s_k) / (exp(w_k s_k) + sum_j exp(w_kj s_j))).
+
+    Args:
+      similarity: [pairs].
+      scores: [pairs].
+      temperature: Divides the similarities.
+
+    Returns:
+      The mean over all k with at least one lower pair, a scalar; 0 with a zero gradient if all scores are equal.
     """
     scaled = similarity / temperature
     scores = scores.astype(similarity.dtype)
     gaps = scores[:, None] - scores  # [k, j]
     lower = gaps > 1e-8
     own = jnp.max(gaps, axis=1) * scaled
-    # The diagonal holds the term of k itself, so that no row is empty.
+    # The term of k itself is on the diagonal, so no row is fully masked.
     diagonal = jnp.eye(len(scores), dtype=bool)
     logits = jnp.where(diagonal, own[:, None], gaps * scaled)
     losses = logsumexp(logits, axis=1, where=lower | diagonal) - own
@@ -68,16 +87,17 @@ def pro(similarity: jax.Array, scores: jax.Array, temperature: float) -> jax.Arr
 
 
 def codi_sts(examples: Examples, settings: ObjectiveSettings, groups: Groups) -> tuple[jax.Array, Parts]:
-    """Weighted sum of Pearson, rank KL, PRO and InfoNCE on the middle layer, CoDiEmb's objective of similarity.
+    """Weighted sum of Pearson, rank KL, PRO and middle-layer InfoNCE, the similarity objective of CoDiEmb.
 
-    Each is the mean over lists.  Returns the sum and its unweighted parts: pearson, rank_kl, pro and, unless the
-    middle layer is left out, mid_info_nce.
+    Returns:
+      The weighted sum, and its unweighted parts as means over lists: pearson, rank_kl, pro and, if `examples.middle` is
+      given, mid_info_nce.
     """
     b = len(examples.scores)
     similarity = jnp.sum(examples.queries * examples.passages[:, 0], axis=-1)
     middle = None if examples.middle is None else (examples.middle[0], examples.middle[1][:, 0])
 
-    def of_list(similarity: jax.Array, scores: jax.Array, middle: tuple[jax.Array, jax.Array] | None) -> Parts:
+    def list_parts(similarity: jax.Array, scores: jax.Array, middle: tuple[jax.Array, jax.Array] | None) -> Parts:
         parts = {
             "pearson": pearson(similarity, scores),
             "rank_kl": rank_kl(similarity, scores, settings.list_temperature),
@@ -89,8 +109,8 @@ def codi_sts(examples: Examples, settings: ObjectiveSettings, groups: Groups) ->
             )
         return parts
 
-    lists = groups.lists((similarity, examples.scores, middle), b)
-    parts = groups.mean(jax.tree.map(jnp.mean, jax.vmap(of_list)(*lists)))
+    lists = groups.split((similarity, examples.scores, middle), b)
+    parts = groups.mean(jax.tree.map(jnp.mean, jax.vmap(list_parts)(*lists)))
     weights = {
         "pearson": settings.pearson_weight,
         "rank_kl": settings.rank_kl_weight,

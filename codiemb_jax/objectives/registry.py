@@ -1,4 +1,4 @@
-"""Objectives by name, and what each needs."""
+"""Registry of objectives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ Compute: TypeAlias = Callable[[Examples, ObjectiveSettings, Groups], tuple[jax.A
 
 @dataclass(frozen=True)
 class TaskObjective:
-    """How an objective is computed for one task."""
+    """An objective for one task."""
 
     compute: Compute
-    """A device's examples -> the global batch's loss, a scalar, and its unweighted parts."""
+    """Maps the examples of a device to the loss of the global batch, a scalar, and its unweighted parts."""
     needs_middle: Callable[[ObjectiveSettings], bool] = lambda _: False
-    """Whether it reads the vectors of the middle layer."""
+    """Whether the objective needs embeddings of the middle layer."""
     needs_negatives: bool = False
-    """Whether examples without negatives teach it nothing."""
+    """Whether examples without negatives have zero loss and gradient."""
 
 
 OBJECTIVES: dict[str, dict[Task, TaskObjective]] = {
@@ -33,4 +33,4 @@ OBJECTIVES: dict[str, dict[Task, TaskObjective]] = {
     "codi": {"sts": TaskObjective(codi_sts, needs_middle=lambda settings: settings.mid_info_nce_weight > 0)},
     "cosent": {"ir": TaskObjective(cosent_ir, needs_negatives=True), "sts": TaskObjective(cosent_sts)},
 }
-"""Each for the tasks that it is defined for; `objective.ir` and `objective.sts` choose."""
+"""Objectives by name, for each task that they support. `objective.ir` and `objective.sts` select them."""

@@ -1,1 +1,1 @@
-"""Text -> token ids, laid out in rows."""
+"""Parses records, tokenizes texts and lays them out in rows."""

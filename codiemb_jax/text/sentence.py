@@ -1,4 +1,4 @@
-"""Text -> token ids as sentence-transformers does it, for model folders that it describes."""
+"""Tokenizes texts as sentence-transformers does, for model folders with its config files."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,26 +10,26 @@ from tokenizers.normalizers import Sequence as Normalizers
 
 from codiemb_jax.config import Flag
 from codiemb_jax.errors import UserError
-from codiemb_jax.text.prompts import Tokens, tokenizing
+from codiemb_jax.text.prompts import Tokens, tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 class SentencePrompts(BaseModel):
-    """What a sentence-transformers folder says about texts, in its own words."""
+    """Text settings of a sentence-transformers folder, with the names used there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompts: dict[str, str] = {}
     default_prompt_name: str | None = None
     include_prompt: Flag = True
-    """Whether pooling covers the prompt."""
+    """Whether pooling includes the prompt."""
     do_lower_case: Flag = False
 
 
 class SentenceTokenizer:
-    """Puts a prompt before each text; special tokens are those that tokenizer.json adds."""
+    """Tokenizes texts after a prompt, with the special tokens that tokenizer.json adds."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompts: SentencePrompts):
         self._settings = prompts
@@ -37,29 +37,34 @@ class SentenceTokenizer:
         self._side = tokenizer.truncation_side
         self._tokenizer = tokenizer.backend_tokenizer
         if prompts.do_lower_case:
-            others = [self._tokenizer.normalizer] if self._tokenizer.normalizer is not None else []
-            self._tokenizer.normalizer = Normalizers([Lowercase(), *others])
+            normalizers = [self._tokenizer.normalizer] if self._tokenizer.normalizer is not None else []
+            self._tokenizer.normalizer = Normalizers([Lowercase(), *normalizers])
         self.prompts = {"query": "", "document": ""} | prompts.prompts
         self.default_prompt_name = prompts.default_prompt_name
 
     def tokenize(self, texts: Sequence[str], prompt: str, max_tokens: int) -> list[Tokens]:
-        """Tokens of each text after `prompt`, at most `max_tokens` each, special tokens included.
+        """Tokenizes each text after `prompt` into at most `max_tokens` tokens, including special tokens.
 
-        The number of prompt tokens is that of the prompt alone, as sentence-transformers counts it.
+        The number of prompt tokens is counted by tokenizing the prompt alone, as in sentence-transformers.
+
+        Raises:
+          UserError: If `max_tokens` leaves no room for a text or tokenizer.json is invalid.
         """
         special = self._tokenizer.num_special_tokens_to_add(False)
         if max_tokens <= special:
-            raise UserError(f"a longest text of {max_tokens} tokens leaves no room beside {special} special tokens")
+            raise UserError(
+                f"a maximum of {max_tokens} tokens per text leaves no room next to {special} special tokens"
+            )
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens, direction=self._side)
-        head = 0
+        prompt_tokens = 0
         if prompt and not self._settings.include_prompt:
-            with tokenizing():
+            with tokenizer_errors():
                 ids = self._tokenizer.encode(prompt).ids
-            head = len(ids) - (bool(ids) and ids[-1] in self._special)
-        with tokenizing():
+            prompt_tokens = len(ids) - (bool(ids) and ids[-1] in self._special)
+        with tokenizer_errors():
             encoded = self._tokenizer.encode_batch([prompt + text for text in texts])
-            tokens = [Tokens(np.array(text.ids, np.int32), head) for text in encoded]
+            tokens = [Tokens(np.array(text.ids, np.int32), prompt_tokens) for text in encoded]
         if any(text.ids.size > max_tokens for text in tokens):
-            raise UserError(f"tokenizer.json cannot be used: it makes more than the {max_tokens} tokens allowed")
+            raise UserError(f"invalid tokenizer.json: the tokenizer produces more than the {max_tokens} tokens allowed")
         return tokens

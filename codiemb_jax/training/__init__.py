@@ -1,1 +1,1 @@
-"""One training step, and what surrounds it."""
+"""Training: the run folder, the training step and the loop."""

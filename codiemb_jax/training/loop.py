@@ -1,4 +1,4 @@
-"""A run from start to export: its steps, metrics and checkpoints."""
+"""Runs training from the first step to the export."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -24,7 +24,7 @@ from codiemb_jax.training.log import MetricsLog
 from codiemb_jax.training.optimizer import make_optimizer
 from codiemb_jax.training.run import Run
 from codiemb_jax.training.run_folder import HeldOutMetrics
-from codiemb_jax.training.schedule import learning_rate
+from codiemb_jax.training.schedule import make_schedule
 from codiemb_jax.training.state import TrainState, abstract_state, initial_state
 from codiemb_jax.training.step import Metrics, make_step
 
@@ -32,18 +32,29 @@ Evaluate = Callable[[Params], HeldOutMetrics]
 
 
 def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]:
-    """Trains, or continues what `output_dir` holds; exports.  Returns the held-out metrics before and after."""
-    settings, model, folder = run.start.settings, run.start.model, run.folder
-    with jax.set_mesh(run.start.mesh):
-        done = folder.done()
-        if done:  # all weights are those of the checkpoint: the model's folder may have changed
+    """Trains or resumes a run and exports the model.
+
+    Args:
+      run: The run.
+      evaluate: Computes the held-out metrics of parameters.
+
+    Returns:
+      The held-out metrics before and after training.
+
+    Raises:
+      UserError: If training diverges, or the output folder cannot be written.
+    """
+    settings, model, folder = run.setup.settings, run.setup.model, run.folder
+    with jax.set_mesh(run.setup.mesh):
+        done = folder.latest_step()
+        if done:  # takes all weights from the checkpoint, because the model's folder may have changed
             initial, passthrough = None, restore_passthrough(folder.checkpoints, done)
         else:
             initial = model.load(settings.seed)
             passthrough = {name: np.asarray(weight) for name, weight in model.stream_passthrough().items()}
         log_overrides(settings, model)
         if initial is not None:
-            folder.begin(settings, run.inputs)
+            folder.create(settings, run.inputs)
             folder.write_before(evaluate(initial))
         params = run_steps(run, initial, passthrough)
         after = evaluate(params)
@@ -55,15 +66,21 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
 
 
 def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.ndarray]) -> Params:
-    """Runs all steps, or (initial: None) those after the newest checkpoint; returns the trained parameters.
+    """Runs the steps and saves checkpoints.
 
-    `initial` is donated to the first step.
+    Args:
+      run: The run.
+      initial: The initial parameters, donated to the first step; None resumes from the newest checkpoint.
+      passthrough: Weights that training does not change, saved with every checkpoint.
+
+    Returns:
+      The trained parameters.
     """
-    settings, model, folder, mesh = run.start.settings, run.start.model, run.folder, run.start.mesh
-    schedule = learning_rate(settings.optimizer, run.steps)
+    settings, model, folder, mesh = run.setup.settings, run.setup.model, run.folder, run.setup.mesh
+    schedule = make_schedule(settings.optimizer, run.steps)
     optimizer = make_optimizer(settings.optimizer, schedule)
     layout = abstract_state(optimizer, model.abstract)
-    done = folder.done()
+    done = folder.latest_step()
     if initial is None:
         Console(stderr=True).print(f"continuing from step {done} of {run.steps}")
         state = TrainState(*restore_run(folder.checkpoints, done, *layout))
@@ -75,21 +92,21 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
         task: make_step(model.graph, optimizer, schedule, settings, mesh, layout, task, model.config.has_dropout)
         for task in tasks
     }
-    waiting: tuple[StepPlan, Metrics] | None = None  # a step's metrics are read while the next one runs
+    pending: tuple[StepPlan, Metrics] | None = None  # the metrics of a step are fetched while the next one runs
     checkpoints = RunCheckpoints(folder.checkpoints, settings.checkpoint.keep)
-    # Whatever ends the loop, a checkpoint on its way to disk arrives there.
+    # Closing waits for a checkpoint that is being saved, even after an error.
     with closing(checkpoints), MetricsLog(folder.metrics, folder.tensorboard, run.names, done, run.steps) as log:
-        for plan, batch in batches(run.plan, run.data_sets, row_sharding(mesh), start=done, stop=run.steps):
+        for plan, batch in batches(run.plan, run.datasets, row_sharding(mesh), start=done, stop=run.steps):
             state, metrics = steps[plan.task](state, np.int32(plan.number), batch)
-            if waiting:
-                log.write(*waiting)
-            waiting = (plan, metrics)
+            if pending:
+                log.write(*pending)
+            pending = (plan, metrics)
             done = plan.number + 1
-            if is_due(settings.checkpoint, done, run.plan.steps_per_epoch) or done == run.steps:
-                # The lines of all steps that a checkpoint holds must be on disk before it.
-                log.write(*waiting)
+            if is_checkpoint_due(settings.checkpoint, done, run.plan.steps_per_epoch) or done == run.steps:
+                # The lines of all steps before a checkpoint must be on disk before the checkpoint.
+                log.write(*pending)
                 log.flush()
-                waiting = None
+                pending = None
                 check_finite(state.params, done)
                 checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
     return state.params
@@ -101,30 +118,32 @@ def _all_finite(params: Params) -> jax.Array:
 
 
 def check_finite(params: Params, done: int) -> None:
-    """Checks the weights after `done` steps: a step's own metrics do not show what its update has done.
+    """Checks the weights after `done` steps, because the metrics of a step are computed before its update.
 
     Raises:
-      UserError: some are NaN or infinite.
+      UserError: If any weight is NaN or infinite.
     """
     if not _all_finite(params):
         raise UserError(
-            f"step {done - 1}: its update made weights NaN or infinite; lower optimizer.learning_rate or "
-            "optimizer.weight_decay or set optimizer.clip_norm, in another output_dir"
+            f"step {done - 1}: the update made weights NaN or infinite; lower optimizer.learning_rate or "
+            "optimizer.weight_decay or set optimizer.clip_norm, and use another output_dir"
         )
 
 
-def is_due(settings: CheckpointSettings, done: int, steps_per_epoch: int) -> bool:
-    """Whether to save a checkpoint when `done` steps are done."""
+def is_checkpoint_due(settings: CheckpointSettings, done: int, steps_per_epoch: int) -> bool:
+    """Whether to save a checkpoint after `done` steps."""
     steps, epochs = settings.every_steps, settings.every_epochs
     return bool((steps and done % steps == 0) or (epochs and done % (epochs * steps_per_epoch) == 0))
 
 
 def log_overrides(settings: Settings, model: PretrainedModel) -> None:
-    """A line for each setting by which the model will encode differently from what its folder says."""
+    """Logs each model setting that differs from the one stored in the model's folder."""
     console = Console(stderr=True)
-    for name, stored in model.folder.stored.items():
-        now = getattr(settings.model, name)
-        if stored is not None and stored != now:
+    for name, stored in model.folder.stored_settings.items():
+        current = getattr(settings.model, name)
+        if stored is not None and stored != current:
             console.print(
-                f"note: model.{name} is {now}, {Path(settings.model.path)} has {stored}", soft_wrap=True, markup=False
+                f"note: model.{name} is {current}, but {Path(settings.model.path)} has {stored}",
+                soft_wrap=True,
+                markup=False,
             )

@@ -1,4 +1,4 @@
-"""What a run is made of, checked before anything is written."""
+"""Assembles a run and checks its settings, model, data and output folder before anything is written."""
 
 import hashlib
 import json
@@ -15,24 +15,24 @@ from codiemb_jax.config import MAX_INT, Settings
 from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Plan, Source
-from codiemb_jax.data.store import PreparedDataSet, cache_folder
+from codiemb_jax.data.store import PreparedDataset, cache_folder
 from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.objectives.registry import OBJECTIVES
 from codiemb_jax.sharding import make_mesh, row_shards
 from codiemb_jax.text.prompts import PromptTokenizer
-from codiemb_jax.text.records import data_set_names, find_files
+from codiemb_jax.text.records import dataset_names, find_files
 from codiemb_jax.training.run_folder import RunFolder
 
 DEVICES = "devices with different rows (mesh.data x mesh.fsdp)"
-"""Among a run's inputs with sampler: mixed, whose steps are made of each device's own data set."""
+"""Key of the number of devices in the inputs of a run with `sampler: mixed`, whose steps depend on it."""
 
 
 @dataclass(frozen=True)
-class TrainingModel:
-    """The model that a run starts from, where it will run."""
+class TrainingSetup:
+    """The initial model of a run, with its settings, mesh and tokenizer."""
 
     settings: Settings
-    """As resolved for this platform."""
+    """The settings, with the defaults of this platform."""
     mesh: jax.sharding.Mesh
     model: PretrainedModel
     tokenizer: PromptTokenizer
@@ -41,114 +41,119 @@ class TrainingModel:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, checked; nothing is written yet."""
+    """A run that has been checked. Nothing has been written yet."""
 
-    start: TrainingModel
-    data_sets: Sequence[PreparedDataSet]
+    setup: TrainingSetup
+    datasets: Sequence[PreparedDataset]
     names: Sequence[str]
-    """The data sets' names."""
+    """The names of the datasets."""
     plan: Plan
     steps: int
     folder: RunFolder
     inputs: dict[str, str]
+    """Fingerprints of everything besides the settings on which the steps depend."""
 
 
-def open_training_model(settings: Settings) -> TrainingModel:
-    """The model that a run trains.
+def open_training_model(settings: Settings) -> TrainingSetup:
+    """Opens the initial model of a run.
 
     Raises:
-      UserError: the model cannot be used, or the mesh or the batch sizes do not fit.
+      UserError: If the model cannot be used, or the mesh or batch sizes are invalid.
     """
     check_objectives(settings)
     settings = with_platform_defaults(settings)
     mesh = make_mesh(settings.mesh)
-    check_batches(settings, row_shards(mesh))
+    check_batch_sizes(settings, row_shards(mesh))
     max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
     model = open_model(settings.model, settings.prompt, mesh, max_tokens)
     if settings.export:
         check_exportable(model.blueprint)
-    return TrainingModel(
+    return TrainingSetup(
         settings, mesh, model, PromptTokenizer(model.blueprint.tokenizer(), settings.prompt), max_tokens
     )
 
 
-def open_run(start: TrainingModel) -> Run:
-    """Prepares the data and checks everything else that a user may have got wrong.
+def open_run(setup: TrainingSetup) -> Run:
+    """Prepares the data, plans the steps and checks the output folder.
 
     Raises:
-      UserError: data or output_dir cannot be used.
+      UserError: If the data or output_dir cannot be used.
     """
-    settings = start.settings
+    settings = setup.settings
     folder = RunFolder(settings.output_dir)
     files = {task: find_files(getattr(settings.data, task), f"data.{task}") for task in TASKS}
-    read = {
-        "model.path": [start.model.folder.path],
+    input_paths = {
+        "model.path": [setup.model.folder.path],
         **{f"data.{task}": [*getattr(settings.data, task), *files[task]] for task in TASKS},
-        **{f"evaluation.{task}": held_out_files(settings, task) for task in TASKS},
+        **{f"evaluation.{task}": held_out_paths(settings, task) for task in TASKS},
     }
-    folder.check_place(read)
-    check_cache(cache_folder(), settings.output_dir, [path for paths in read.values() for path in paths])
+    folder.check_location(input_paths)
+    check_cache(cache_folder(), settings.output_dir, [path for paths in input_paths.values() for path in paths])
     limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
-    data_sets = [
-        prepare(path, task, start.tokenizer, cache=cache_folder(), **limits) for task in TASKS for path in files[task]
+    datasets = [
+        prepare(path, task, setup.tokenizer, cache=cache_folder(), **limits) for task in TASKS for path in files[task]
     ]
-    names = data_set_names([data_set.path for data_set in data_sets])
-    sources = [Source(name, data_set.task, data_set.index) for name, data_set in zip(names, data_sets, strict=True)]
+    names = dataset_names([dataset.path for dataset in datasets])
+    sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
     check_negatives(settings, sources)
-    shards = row_shards(start.mesh)
+    shards = row_shards(setup.mesh)
     if settings.data.sampler == "mixed":
         plan: Plan = MixedPlan(sources, settings.data, settings.seed, shards)
     else:
         plan = Plan(sources, settings.data, settings.seed)
     steps = settings.optimizer.max_steps or settings.optimizer.epochs * plan.steps_per_epoch
     if steps > MAX_INT:
-        raise UserError(f"optimizer.epochs: {steps} steps are too many; there may be {MAX_INT}")
-    inputs = {"model.path": model_fingerprint(start.model)}
-    inputs |= {str(data_set.path): data_set.folder.name.rpartition("-")[2] for data_set in data_sets}
+        raise UserError(f"optimizer.epochs: {steps} steps are too many; the maximum is {MAX_INT}")
+    inputs = {"model.path": model_fingerprint(setup.model)}
+    inputs |= {str(dataset.path): dataset.folder.name.rpartition("-")[2] for dataset in datasets}
     if settings.data.sampler == "mixed":
         inputs[DEVICES] = str(shards)
-    folder.check_run(settings, inputs)
-    return Run(start, data_sets, names, plan, steps, folder, inputs)
+    folder.check_same_run(settings, inputs)
+    return Run(setup, datasets, names, plan, steps, folder, inputs)
 
 
-def check_cache(cache: Path, output_dir: Path, read: Sequence[Path]) -> None:
-    """Checks that prepared data are not written into the run's folder or among what is read.
+def check_cache(cache: Path, output_dir: Path, input_paths: Sequence[Path]) -> None:
+    """Checks that the cache of prepared data is outside the output folder and the input folders.
 
     Raises:
-      UserError: they would be.
+      UserError: If it is inside one of them.
     """
-    for folder in (output_dir, *read):
+    for folder in (output_dir, *input_paths):
         if cache.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"the cache {cache} lies in {folder}; set CODIEMB_JAX_CACHE to another folder")
+            raise UserError(f"the cache {cache} is inside {folder}; set CODIEMB_JAX_CACHE to another folder")
 
 
-def held_out_files(settings: Settings, task: Task) -> list[Path]:
-    """The paths given, and the files found below them."""
+def held_out_paths(settings: Settings, task: Task) -> list[Path]:
+    """Returns the held-out paths of a task and the files found in them."""
     paths = getattr(settings.evaluation, task)
     return [*paths, *find_files(paths, f"evaluation.{task}")]
 
 
 def with_platform_defaults(settings: Settings) -> Settings:
-    """On a CPU the model computes in float32 unless the settings name a dtype: bfloat16 is slower there."""
+    """Sets compute_dtype to float32 on a CPU, where bfloat16 is slower, unless the settings give a dtype."""
     if jax.default_backend() != "cpu" or "compute_dtype" in settings.model.model_fields_set:
         return settings
     model = settings.model.model_copy(update={"compute_dtype": "float32"})
     return settings.model_copy(update={"model": model})
 
 
-def check_batches(settings: Settings, shards: int) -> None:
-    """Checks that batches divide over the mesh.
+def check_batch_sizes(settings: Settings, shards: int) -> None:
+    """Checks that batches can be split evenly over devices and chunks.
+
+    Args:
+      settings: The settings.
+      shards: Number of devices with different rows.
 
     Raises:
-      UserError: devices would get different numbers of examples in a chunk or, with sampler: mixed, broken groups.
+      UserError: If a batch size is not a multiple of devices x chunks, or a group spans devices (`sampler: mixed`).
     """
     problems = []
     for task in settings.tasks:
         size, group = task.global_batch_size, task.group_size
         if settings.data.sampler == "mixed" and group and size // shards % group:
             problems.append(
-                f"{task.group_size_setting} {group} must divide what a device holds in a step of sampler: mixed, "
-                f"{task.batch_size_setting} {size} / {shards} devices; set it to null to compare all of that"
+                f"{task.group_size_setting} {group} must divide the number of examples per device with sampler: mixed, "
+                f"{task.batch_size_setting} {size} / {shards} devices; set it to null to compare all of them"
             )
         if size % (shards * settings.encode_chunks):
             problems.append(
@@ -157,40 +162,40 @@ def check_batches(settings: Settings, shards: int) -> None:
                 f"{settings.encode_chunks}"
             )
     if problems:
-        raise UserError("batch sizes do not divide over the mesh:\n" + format_problems(problems))
+        raise UserError("batches cannot be split evenly over the mesh:\n" + format_problems(problems))
 
 
 def check_objectives(settings: Settings) -> None:
-    """Checks that the objectives can learn from what the settings ask for.
+    """Checks that the settings give each objective the negatives that it needs.
 
     Raises:
-      UserError: one needs negatives, and none are asked for.
+      UserError: If an objective needs negatives and `negatives_per_query` is 0.
     """
     for task in settings.tasks:
         if OBJECTIVES[task.objective][task.name].needs_negatives and not settings.data.negatives_per_query:
             raise UserError(
-                f"objective.{task.name}: {task.objective} compares positives with negatives: set "
-                "data.negatives_per_query"
+                f"objective.{task.name}: {task.objective} compares positives with negatives; set "
+                "data.negatives_per_query to at least 1"
             )
 
 
 def check_negatives(settings: Settings, sources: Sequence[Source]) -> None:
-    """Checks that the objectives can learn from the data.
+    """Checks that the data have the negatives that the objectives need.
 
     Raises:
-      UserError: one needs negatives, and a data set has none.
+      UserError: If an objective needs negatives and a dataset has none.
     """
     for task in settings.tasks:
         if OBJECTIVES[task.objective][task.name].needs_negatives:
-            without = [s.name for s in sources if s.task == task.name and not s.index.negatives.any()]
-            if without:
+            missing = [s.name for s in sources if s.task == task.name and not s.index.negatives.any()]
+            if missing:
                 reason = (
                     f"objective.{task.name}: {task.objective} compares positives with negatives, which are missing in"
                 )
-                raise UserError(f"{reason}:\n{format_problems(without)}")
+                raise UserError(f"{reason}:\n{format_problems(missing)}")
 
 
 def model_fingerprint(model: PretrainedModel) -> str:
-    """What a run's steps depend on of the model's folder, without the values of its weights."""
+    """Returns a hash of the config, weight dtypes and files of the model, but not of the values of its weights."""
     content = model.blueprint.model_dump(mode="json", include={"config", "prefix", "dtypes", "files"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

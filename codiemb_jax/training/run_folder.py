@@ -1,6 +1,6 @@
-"""A run's output folder: every path in it, what may be there, and what is written when.
+"""The output folder of a run: its paths, and checks that protect other files.
 
-A run writes only into an empty folder or its own, and replaces no file but its own.
+A run writes only into a new or empty folder or its own, and never replaces files that it has not written.
 """
 
 import hashlib
@@ -17,31 +17,32 @@ from typing import Any
 
 import yaml
 
-from codiemb_jax.checkpoints.orbax import is_checkpoint, steps_of
+from codiemb_jax.checkpoints.orbax import is_checkpoint, saved_steps
 from codiemb_jax.config import Settings
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import read_json, write_atomically, write_json
 
-FREE_TO_CHANGE = (
+CHANGEABLE_SETTINGS = (
     "output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat",
 )  # fmt: skip
-"""Settings that may differ when a run is continued: they do not change what is computed."""
+"""Settings that may change when a run is continued, because they do not affect the results of its steps."""
 
-MARK = "codiemb_jax"
-"""Key of inputs.json that tells a run's folder from others; its value is the format's version."""
-VERSION = 1
+FORMAT_KEY = "codiemb_jax"
+"""Key in inputs.json that identifies the folder of a run. Its value is the version of the format."""
+FORMAT_VERSION = 1
 
-LEFTOVER = re.compile(r"\.inputs\.json\.[0-9a-f]{8}\.tmp")
-SCRATCH = re.compile(r"\.export\.[0-9a-f]{8}\.unfinished")
-"""Names that only a run gives, to files and folders that it is still writing."""
+TEMPORARY_FILE = re.compile(r"\.inputs\.json\.[0-9a-f]{8}\.tmp")
+"""Name of inputs.json while it is being written, see `write_atomically`."""
+UNFINISHED_EXPORT = re.compile(r"\.export\.[0-9a-f]{8}\.unfinished")
+"""Name of the folder of an export while it is being written."""
 
 HeldOutMetrics = dict[str, float]
-"""Held-out metrics by `FILE METRIC`."""
+"""Held-out metrics, with keys `FILE METRIC`."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`output_dir` of a run."""
+    """The `output_dir` of a run."""
 
     path: Path
 
@@ -73,135 +74,140 @@ class RunFolder:
     def export(self) -> Path:
         return self.path / "export"
 
-    def done(self) -> int:
-        """Steps done at the newest checkpoint; 0 if there is none."""
-        return max(steps_of(self.checkpoints), default=0)
+    def latest_step(self) -> int:
+        """Returns the number of steps done at the newest checkpoint, 0 if there is none."""
+        return max(saved_steps(self.checkpoints), default=0)
 
-    def check_place(self, read: Mapping[str, Sequence[Path]]) -> None:
-        """Checks that a run may write here; nothing is written.  read: the paths that it reads, by setting.
+    def check_location(self, input_paths: Mapping[str, Sequence[Path]]) -> None:
+        """Checks that a run may write to this folder, without writing anything.
 
-        Raises:
-          UserError: the folder cannot be created or written, holds other files, or the run reads what is in it.
-        """
-        self._check_place()
-        self._check_reads(read)
-        self._check_owner()
-
-    def check_run(self, settings: Settings, inputs: Mapping[str, str]) -> None:
-        """Checks that this run is the one that is here, if any is.
-
-        inputs: what the run's steps depend on beside its settings, by fingerprint.
+        Args:
+          input_paths: The paths that the run reads, by setting.
 
         Raises:
-          UserError: it is another, or its files are damaged.
+          UserError: If the folder cannot be created or written, contains other files, or overlaps with input paths.
         """
-        # Without either, a run was killed at its very start.
-        if self.done() or self.config.exists():
-            self._check_same_run(settings, inputs)
+        self._check_writable()
+        self._check_inputs_outside(input_paths)
+        self._check_content()
+
+    def check_same_run(self, settings: Settings, inputs: Mapping[str, str]) -> None:
+        """Checks that the folder contains no run, or the same run.
+
+        Args:
+          settings: The settings of the run.
+          inputs: Fingerprints of everything besides the settings on which the steps depend.
+
+        Raises:
+          UserError: If the folder contains another run, or its files are damaged.
+        """
+        # A run that was killed before it wrote its settings has neither.
+        if self.latest_step() or self.config.exists():
+            self._compare_run(settings, inputs)
             self._read_before()
         if settings.export:
             self._check_export()
 
-    def _check_place(self) -> None:
+    def _check_writable(self) -> None:
         try:
-            there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
-            if not there.is_dir():
-                raise UserError(f"output_dir: {there} is a file")
-            # A name that is too long is noticed only in a folder that exists; a path that is too long, anywhere.
-            for name in (*self.path.relative_to(there).parts, str(self.path.absolute() / ("x" * 150))):
-                _look_up(there / name)
+            parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+            if not parent.is_dir():
+                raise UserError(f"output_dir: {parent} is not a folder")
+            # The OS checks the length of a name only in an existing folder, and the length of a path anywhere.
+            for name in (*self.path.relative_to(parent).parts, str(self.path.absolute() / ("x" * 150))):
+                _check_valid_path(parent / name)
         except OSError as error:
             raise UserError(
                 f"output_dir: {shorten(str(self.path), 200)} cannot be created: {error.strerror}"
             ) from error
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"output_dir: {there} cannot be written")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {parent} is not writable")
 
-    def _check_reads(self, read: Mapping[str, Sequence[Path]]) -> None:
-        own = self.path.resolve()
-        for setting, paths in read.items():
+    def _check_inputs_outside(self, input_paths: Mapping[str, Sequence[Path]]) -> None:
+        output = self.path.resolve()
+        for setting, paths in input_paths.items():
             for path in paths:
-                there = path.resolve()
-                if there.is_relative_to(own) or own.is_relative_to(there):
+                resolved = path.resolve()
+                if resolved.is_relative_to(output) or output.is_relative_to(resolved):
                     raise UserError(
-                        f"output_dir: {self.path} contains, or lies in, {setting} {path}; a run does not write "
-                        "where it reads: give another output_dir"
+                        f"output_dir: {self.path} overlaps with {setting} {path}; give an output_dir outside the "
+                        "inputs of the run"
                     )
 
-    def _check_owner(self) -> None:
+    def _check_content(self) -> None:
         try:
             names = sorted(child.name for child in self.path.iterdir()) if self.path.exists() else []
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be read: {error.strerror}") from error
-        if all(LEFTOVER.fullmatch(name) for name in names):  # a run killed at its very start leaves this much
+        if all(TEMPORARY_FILE.fullmatch(name) for name in names):  # empty, or left by a run killed at its very start
             return
         files, folders = (self.config, self.inputs, self.metrics, self.evaluation), (self.tensorboard, self.checkpoints)
         if self.inputs.name not in names and self.config.name not in names:
-            shown = ", ".join([*names[:5], *["…"] * (len(names) > 5)])
+            listed = ", ".join([*names[:5], *["…"] * (len(names) > 5)])
             raise UserError(
-                f"output_dir: {self.path} holds other files ({shown}); a run writes only into an empty "
-                "folder or its own"
+                f"output_dir: {self.path} contains other files ({listed}); give a new or empty folder, or the folder "
+                "of the same run"
             )
         for path in files:
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
                 raise UserError(f"{path}: is not a file; move it away")
         for path in folders:
             if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-                raise UserError(f"{path}: is a file or a link, and should be a folder; move it away")
-        # Old checkpoints are removed as new ones come; the newest is checked when it is read.
-        for step in steps_of(self.checkpoints)[:-1]:
+                raise UserError(f"{path}: expected a folder, found a file or a link; move it away")
+        # Old checkpoints will be deleted, so they must be checkpoints. The newest one is checked when it is read.
+        for step in saved_steps(self.checkpoints)[:-1]:
             if not is_checkpoint(self.checkpoints / str(step)):
                 raise UserError(f"{self.checkpoints / str(step)}: is not a checkpoint of this run; move it away")
         if os.path.lexists(self.export) and (self.export.is_symlink() or not self.export.is_dir()):
-            raise UserError(f"{self.export}: is not a folder, so that nothing can be exported there; move it away")
+            raise UserError(f"{self.export}: is not a folder; move it away")
         try:
-            version = read_json(self.inputs, dict).get(MARK)
+            version = read_json(self.inputs, dict).get(FORMAT_KEY)
         except UserError as error:
-            raise self._not_ours(str(error)) from error
-        if version != VERSION:
-            raise self._not_ours(f"{self.inputs} is not that of a run of this version")
+            raise self._unknown_run_error(str(error)) from error
+        if version != FORMAT_VERSION:
+            raise self._unknown_run_error(f"{self.inputs} is not from a run of this version")
 
-    def _not_ours(self, why: str) -> UserError:
+    def _unknown_run_error(self, reason: str) -> UserError:
         return UserError(
-            f"{self.path} holds files, but config.yaml and inputs.json, which say what run they are of, cannot be read "
-            f"({why}); put them back, or start over in another output_dir"
+            f"{self.path} contains files, but config.yaml and inputs.json, which identify the run, cannot be read "
+            f"({reason}); restore them, or start over in another output_dir"
         )
 
-    def _check_same_run(self, settings: Settings, inputs: Mapping[str, str]) -> None:
+    def _compare_run(self, settings: Settings, inputs: Mapping[str, str]) -> None:
         try:
-            earlier = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-            earlier_inputs = read_json(self.inputs, dict)["inputs"].items()
+            old = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+            old_inputs = read_json(self.inputs, dict)["inputs"].items()
         except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
-            raise self._not_ours(str(error)) from error
-        now = _flat(settings.model_dump(mode="json"))
+            raise self._unknown_run_error(str(error)) from error
+        new = _flatten(settings.model_dump(mode="json"))
         differences = [
-            f"{name}: was {earlier.get(name)}, now {now.get(name)}"
-            for name in sorted(earlier.keys() | now.keys())
-            if earlier.get(name) != now.get(name) and not str(name).startswith(FREE_TO_CHANGE)
+            f"{name}: was {old.get(name)}, now {new.get(name)}"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name) and not str(name).startswith(CHANGEABLE_SETTINGS)
         ]
         differences += [
-            f"{name}: {_difference(was, inputs.get(name))}"
-            for name, was in sorted({**dict.fromkeys(inputs), **dict(earlier_inputs)}.items())
+            f"{name}: {_describe_change(was, inputs.get(name))}"
+            for name, was in sorted({**dict.fromkeys(inputs), **dict(old_inputs)}.items())
             if was != inputs.get(name)
         ]
         if differences:
             raise UserError(
-                f"{self.path} holds a run with other settings; give the same settings to continue it, or another "
-                "output_dir to start a new one:\n" + format_problems(differences)
+                f"{self.path} contains a run with other settings; use the same settings to continue it, or another "
+                "output_dir to start a new run:\n" + format_problems(differences)
             )
 
-    def begin(self, settings: Settings, inputs: Mapping[str, str]) -> None:
-        """Creates the folder and writes down what run it belongs to."""
+    def create(self, settings: Settings, inputs: Mapping[str, str]) -> None:
+        """Creates the folder with config.yaml and inputs.json, which identify the run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.inputs, {MARK: VERSION, "inputs": dict(inputs), "exports": self._exports()})
+            write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION, "inputs": dict(inputs), "exports": self._exports()})
             resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             write_atomically(self.config, resolved)
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from error
 
     def write_before(self, metrics: HeldOutMetrics) -> None:
-        """Keeps the metrics of the model as it came."""
+        """Writes the metrics of the initial model."""
         write_json(self.evaluation, {"before": metrics})
 
     def _read_before(self) -> HeldOutMetrics:
@@ -210,74 +216,78 @@ class RunFolder:
         before = read_json(self.evaluation, dict).get("before")
         if not isinstance(before, dict) or not all(_is_number(value) for value in before.values()):
             raise UserError(
-                f"{self.evaluation}: holds no metrics under `before`; put the file back, or remove it to go on without"
+                f"{self.evaluation}: has no valid metrics under `before`; restore the file, or remove it to continue "
+                "without them"
             )
         return before
 
     def write_after(self, metrics: HeldOutMetrics) -> HeldOutMetrics:
-        """Keeps the metrics of the trained model; returns those from before."""
+        """Writes the metrics of the trained model and returns those of the initial model."""
         before = self._read_before()
         write_json(self.evaluation, {"before": before, "after": metrics})
         return before
 
     def write_export(self, write: Callable[[Path], None]) -> None:
-        """Calls `write` with the path of a folder to make, which becomes `export` when it returns.
+        """Writes the export atomically, replacing an earlier export of this run.
+
+        Args:
+          write: Creates the export at the path that it is called with.
 
         Raises:
-          UserError: a folder is there that this run has not written, or that has been changed since.
+          UserError: If there is another folder, or the earlier export was changed, or the export cannot be written.
         """
         for leftover in self.path.iterdir():
-            if SCRATCH.fullmatch(leftover.name) and not leftover.is_symlink():
+            if UNFINISHED_EXPORT.fullmatch(leftover.name) and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
-        scratch = self.path / f".export.{secrets.token_hex(4)}.unfinished"
+        unfinished = self.path / f".export.{secrets.token_hex(4)}.unfinished"
         try:
-            scratch.mkdir()
-            write(scratch / self.export.name)
-            # Written down before it is there, so that a run killed in between knows its own.
-            digest = folder_digest(scratch / self.export.name)
+            unfinished.mkdir()
+            write(unfinished / self.export.name)
+            # The digest is stored before the rename, so that a run killed in between recognizes its export.
+            digest = folder_digest(unfinished / self.export.name)
             self._write_exports(list(dict.fromkeys([*self._exports(), digest])))
             self._check_export()
             if self.export.exists():
-                self.export.rename(scratch / "replaced")
-            (scratch / self.export.name).rename(self.export)
+                self.export.rename(unfinished / "replaced")
+            (unfinished / self.export.name).rename(self.export)
             self._write_exports([digest])
         except OSError as error:
             raise UserError(f"{self.export}: cannot be written: {error.strerror}") from error
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _check_export(self) -> None:
         if os.path.lexists(self.export) and folder_digest(self.export) not in self._exports():
             raise UserError(
-                f"{self.export}: exists, and this run has not written it, or it has been changed since; move it away"
+                f"{self.export}: already exists, and was not written by this run or was changed since; move it away"
             )
 
     def _exports(self) -> list[str]:
-        """Digests of the exports that this run has written."""
+        """Returns the digests of the exports that this run has written."""
         digests = read_json(self.inputs, dict).get("exports") if self.inputs.exists() else []
         if not isinstance(digests, list):
-            raise UserError(f"{self.inputs}: exports: expected a list; put the file back, or use another output_dir")
+            raise UserError(f"{self.inputs}: exports: expected a list; restore the file, or use another output_dir")
         return digests
 
     def _write_exports(self, digests: list[str]) -> None:
         write_json(self.inputs, read_json(self.inputs, dict) | {"exports": digests})
 
 
-def _difference(was: str | None, now: str | None) -> str:
-    """How an input of a run differs: a fingerprint or a number of devices."""
-    if was is None or now is None:
-        return "is new" if was is None else "is gone"
-    return f"was {was}, now {now}" if len(now) < 8 else "its content has changed"
+def _describe_change(old: str | None, new: str | None) -> str:
+    """Describes how an input of a run, which is a fingerprint or a number of devices, has changed."""
+    if old is None or new is None:
+        return "was added" if old is None else "was removed"
+    return f"was {old}, now {new}" if len(new) < 8 else "its content has changed"
 
 
-def _look_up(path: Path) -> None:
-    """OSError if the file system could hold no such path."""
+def _check_valid_path(path: Path) -> None:
+    """Raises OSError if the file system does not allow a path."""
     with suppress(FileNotFoundError):
         path.lstat()
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of the names and contents of all that is in a folder."""
+    """Returns the SHA-256 hash of the names and contents of everything in a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         digest.update(f"{path.relative_to(folder)}\0{path.is_symlink()}\0{path.is_dir()}\0".encode(errors="replace"))
@@ -291,8 +301,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

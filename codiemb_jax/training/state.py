@@ -1,4 +1,4 @@
-"""What training changes: parameters and the optimizer's state."""
+"""The training state: parameters and optimizer state."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class TrainState(NamedTuple):
 
 
 def abstract_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """Shape, dtype and sharding of a state with these (abstract) parameters; moments are sharded as they are."""
+    """Returns the abstract state (shapes, dtypes, shardings) for abstract `params`; moments are sharded like params."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     opt_state = optax.tree_map_params(
         optimizer,
@@ -28,6 +28,6 @@ def abstract_state(optimizer: optax.GradientTransformation, params: Params) -> T
 
 
 def initial_state(optimizer: optax.GradientTransformation, params: Params, abstract: TrainState) -> TrainState:
-    """The state before the first step, sharded as `abstract` says."""
+    """Returns the state before the first step, with the shardings of `abstract`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings)(params))

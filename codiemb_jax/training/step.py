@@ -1,4 +1,4 @@
-"""One training step of one task: batch -> vectors -> loss -> gradient -> update."""
+"""The training step: batch -> embeddings -> loss -> gradient -> update."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from codiemb_jax.config import Settings
 from codiemb_jax.models.build import random_key
 from codiemb_jax.models.embed import embed, embed_with_middle, token_keys
 from codiemb_jax.models.layers import TextModel
-from codiemb_jax.models.pooling import unit
+from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.objectives.groups import Examples, Groups, Parts
 from codiemb_jax.objectives.mixed import mixed
 from codiemb_jax.objectives.registry import OBJECTIVES
@@ -28,7 +28,16 @@ Loss = tuple[jax.Array, Parts]
 
 
 def step_objective(settings: Settings, task: StepTask) -> tuple[bool, Callable[[Examples], Loss]]:
-    """Whether a step of `task` reads the middle layer, and one device's examples -> the global batch's loss."""
+    """Returns the objective of a step.
+
+    Args:
+      settings: The settings.
+      task: The task of the step.
+
+    Returns:
+      Whether the objective needs embeddings of the middle layer, and a function that maps the examples of one device to
+      the loss of the global batch.
+    """
     chosen = {spec.name: spec for spec in settings.tasks if task in (spec.name, "mixed")}
     objectives = {name: OBJECTIVES[spec.objective][name] for name, spec in chosen.items()}
     needs_middle = any(objective.needs_middle(settings.objective) for objective in objectives.values())
@@ -52,35 +61,47 @@ def embed_in_chunks(
     chunks: int,
     function: Callable,
 ) -> Any:
-    """Embeds rows in `chunks` parts, one after another, keeping for the backward pass only what goes in.
+    """Embeds rows in sequential chunks, storing only the inputs of each chunk for the backward pass.
 
-    The gradient is exactly that of embedding all rows at once (GradCache, arXiv 2101.06983).  A chunk takes the same
-    share of rows from every device, so that rows never move between devices.
-    key: a step's random key for dropout; None: no dropout.
+    The gradient is the same as that of embedding all rows at once (GradCache, arXiv 2101.06983). Every chunk has the
+    same number of rows on each device, so rows never move between devices.
+
+    Args:
+      graph: NNX graph definition of the model.
+      params: The parameters.
+      rows: The rows of the global batch.
+      text_ids: int32 [rows, slots], see `Batch`.
+      key: Random key for the dropout of this step; None disables dropout.
+      mesh: The device mesh.
+      chunks: Number of chunks.
+      function: `embed`, or another function with the same arguments.
+
+    Returns:
+      The output of `function` for all rows.
     """
 
-    def part(rows: TokenRows, text_ids: jax.Array) -> Any:
+    def embed_chunk(rows: TokenRows, text_ids: jax.Array) -> Any:
         dropout_keys = None if key is None else token_keys(key, rows, text_ids)
         return function(nnx.merge(graph, params), rows, text_ids.shape[1], dropout_keys)
 
     if chunks == 1:
-        return part(rows, text_ids)
+        return embed_chunk(rows, text_ids)
     shards = row_shards(mesh)
 
     def split(x: jax.Array) -> jax.Array:  # [rows, …] -> [chunks, rows / chunks, …]
         x = x.reshape(shards, chunks, -1, *x.shape[1:]).swapaxes(0, 1).reshape(chunks, -1, *x.shape[1:])
         return jax.lax.with_sharding_constraint(x, PartitionSpec(None, ROW_AXES))
 
-    def join(x: jax.Array) -> jax.Array:  # [chunks, vectors / chunks, …] -> [vectors, …]
+    def join(x: jax.Array) -> jax.Array:  # [chunks, embeddings / chunks, …] -> [embeddings, …]
         x = x.reshape(chunks, shards, -1, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
         return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
 
-    remat = jax.checkpoint(lambda chunk: part(*chunk), prevent_cse=False)
+    remat = jax.checkpoint(lambda chunk: embed_chunk(*chunk), prevent_cse=False)
     return jax.tree.map(join, jax.lax.map(remat, jax.tree.map(split, (rows, text_ids))))
 
 
-def _embed_only(model: TextModel, *how: Any) -> tuple[jax.Array, None]:
-    return embed(model, *how), None
+def _embed_without_middle(model: TextModel, *args: Any) -> tuple[jax.Array, None]:
+    return embed(model, *args), None
 
 
 def batch_loss(
@@ -93,13 +114,22 @@ def batch_loss(
     settings: Settings,
     mesh: Mesh,
 ) -> Loss:
-    """Loss of a global batch, float32, and its unweighted parts.  key: that of dropout; None: no dropout.
+    """Computes the loss of a global batch, float32, and its unweighted parts.
 
-    The model runs under automatic partitioning; the objective runs on each device's own vectors and gathers what its
-    groups need.
+    The model is partitioned automatically. The objective runs on the embeddings of each device and gathers what its
+    groups need from the others.
+
+    Args:
+      graph: NNX graph definition of the model.
+      params: The parameters.
+      batch: The global batch.
+      key: Random key for the dropout of this step; None disables dropout.
+      task: The task of the step.
+      settings: The settings.
+      mesh: The device mesh.
     """
     needs_middle, objective = step_objective(settings, task)
-    vectors = embed_in_chunks(
+    embeddings = embed_in_chunks(
         graph,
         params,
         batch.rows,
@@ -107,26 +137,27 @@ def batch_loss(
         key,
         mesh=mesh,
         chunks=settings.encode_chunks,
-        function=embed_with_middle if needs_middle else _embed_only,
+        function=embed_with_middle if needs_middle else _embed_without_middle,
     )
 
-    def of_device(
-        vectors: tuple[jax.Array, jax.Array | None], queries: jax.Array, passages: jax.Array, scores: jax.Array
+    def device_loss(
+        embeddings: tuple[jax.Array, jax.Array | None], queries: jax.Array, passages: jax.Array, scores: jax.Array
     ) -> Loss:
-        absent, passages = passages < 0, jnp.maximum(passages, 0)
-        final, middle = vectors
+        is_padding, passages = passages < 0, jnp.maximum(passages, 0)
+        final, middle = embeddings
         return objective(
             Examples(
                 queries=final[queries],
                 passages=final[passages],
-                present=~absent[:, settings.data.positives_per_query :],
+                present=~is_padding[:, settings.data.positives_per_query :],
                 scores=scores,
                 middle=None if middle is None else (middle[queries], middle[passages]),
             )
         )
 
-    of_devices = jax.shard_map(of_device, mesh=mesh, in_specs=PartitionSpec(ROW_AXES), out_specs=PartitionSpec())
-    return of_devices(jax.tree.map(unit, vectors), *map(jnp.asarray, (batch.queries, batch.passages, batch.scores)))
+    global_loss = jax.shard_map(device_loss, mesh=mesh, in_specs=PartitionSpec(ROW_AXES), out_specs=PartitionSpec())
+    embeddings = jax.tree.map(l2_normalize, embeddings)
+    return global_loss(embeddings, *map(jnp.asarray, (batch.queries, batch.passages, batch.scores)))
 
 
 def make_step(
@@ -139,27 +170,38 @@ def make_step(
     task: StepTask,
     dropout: bool = False,
 ) -> Callable[[TrainState, np.int32, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step of a task: (state, step number, batch) -> (state, metrics before the update).
+    """Creates the jitted step of a task: (state, step number, batch) -> (new state, metrics before the update).
 
-    It compiles once per shape of batch; the state is donated.  `state` gives the layout, nothing else of it is used.
-    dropout: whether the model drops anything, by random numbers of (seed, step).
+    It compiles once per batch shape and donates the state.
+
+    Args:
+      graph: NNX graph definition of the model.
+      optimizer: The optimizer.
+      schedule: The learning rate schedule, for the metrics.
+      settings: The settings.
+      mesh: The device mesh.
+      state: A state, abstract or not, with the shardings to use.
+      task: The task of the step.
+      dropout: Whether the model has dropout, which is seeded by the seed and the step number.
     """
 
     def step(state: TrainState, number: jax.Array, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(random_key(settings.seed, "dropout"), number) if dropout else None
-        loss_of = partial(batch_loss, graph, batch=batch, key=key, task=task, settings=settings, mesh=mesh)
-        (loss, parts), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        loss_fn = partial(batch_loss, graph, batch=batch, key=key, task=task, settings=settings, mesh=mesh)
+        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": loss,
             **parts,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.global_norm(grads),
             "learning_rate": jnp.asarray(schedule(number), jnp.float32),
         }
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    rows = row_sharding(mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
-        step, in_shardings=(layout, replicated(mesh), rows), out_shardings=(layout, replicated(mesh)), donate_argnums=0
+        step,
+        in_shardings=(shardings, replicated(mesh), row_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
     )

@@ -1,4 +1,4 @@
-"""Checksums: the same for any sharding, and others where any element differs."""
+"""Tests of checksums: independent of sharding, sensitive to every element."""
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,12 @@ def random_array(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarr
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 0), (16, 8), (2, 8, 16)])
-def test_arrays_of_both_kinds_have_the_same(shape, dtype):
+def test_jax_and_numpy_arrays_have_equal_checksums(shape, dtype):
     array = random_array(shape, dtype)
     assert tree_checksums({"a": [jnp.asarray(array)]}) == {"a": [array_checksum(array)]}
 
 
-def test_sharding_changes_nothing():
+def test_checksum_does_not_depend_on_sharding():
     array = random_array((3, 8, 16), np.float32)
     mesh = make_mesh(MeshSettings(fsdp=4, tensor=2))
     for spec in (PartitionSpec(), PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor", "fsdp")):
@@ -37,7 +37,7 @@ def test_sharding_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int64, np.float64])
-def test_long_arrays_are_summed_in_parts(dtype, monkeypatch):
+def test_checksum_does_not_depend_on_chunk_size_or_memory_layout(dtype, monkeypatch):
     array = random_array((3, 37, 5), dtype)
     expected = array_checksum(array)
     for chunk in (1000, 64, 555):
@@ -52,19 +52,19 @@ def test_long_arrays_are_summed_in_parts(dtype, monkeypatch):
     st.integers(0, 23),
     st.integers(0, 63),
 )
-def test_every_bit_counts(seed, dtype, place, bit):
+def test_checksum_detects_any_flipped_bit(seed, dtype, index, bit):
     array = random_array((4, 6), dtype, seed)
     changed = array.copy()
     words = changed.reshape(-1).view(f"u{array.itemsize}")
-    words[place] ^= words.dtype.type(1 << bit % (8 * array.itemsize))
+    words[index] ^= words.dtype.type(1 << bit % (8 * array.itemsize))
     assert array_checksum(changed) != array_checksum(array)
 
 
 @given(st.permutations(range(12)))
-def test_the_order_of_elements_counts(order):
+def test_checksum_detects_reordered_elements(order):
     array = np.arange(12, dtype=np.float32)
     assert (array_checksum(array[order]) == array_checksum(array)) == (list(order) == list(range(12)))
 
 
-def test_the_place_of_an_element_counts():
+def test_checksum_depends_on_the_position_of_an_element():
     assert len({array_checksum(row) for row in np.eye(100, dtype=np.float32)}) == 100

@@ -1,4 +1,4 @@
-"""BERT's and XLM-RoBERTa's weights in and out, bit by bit, with all that training does not touch."""
+"""Tests of reading and writing the weights of BERT and XLM-RoBERTa, including those that training does not use."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from tests.checkpoints.test_safetensors import (
     MIXED,
     Weights,
     open_folder,
-    save,
-    write_again,
+    save_folder,
+    write_back,
 )
 from tests.helpers import assert_bitwise, load_weights
 
@@ -36,8 +36,8 @@ HEADS = {
 }  # fmt: skip
 
 
-def shapes_of(prefix: str, family: str, head: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint, written out from the format's description."""
+def weight_shapes(prefix: str, family: str, head: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of a checkpoint, according to the format."""
     base: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (300, 16),
         "embeddings.position_embeddings.weight": (67, 16),
@@ -67,63 +67,65 @@ def random_weights(prefix: str, family: str, head: bool, dtypes: tuple[str, ...]
     random = np.random.default_rng(0)
     weights = {
         name: random.standard_normal(shape).astype(DTYPES[dtypes[i % len(dtypes)]])
-        for i, (name, shape) in enumerate(sorted(shapes_of(prefix, family, head).items()))
+        for i, (name, shape) in enumerate(sorted(weight_shapes(prefix, family, head).items()))
     }
-    # A constant that old checkpoints hold.
+    # A constant in old checkpoints.
     return weights | {f"{prefix}embeddings.position_ids": np.arange(67, dtype=np.int64)[None]}
 
 
 @pytest.fixture
-def make(tmp_path, tokenizer_files):
-    def make(family: str, weights: Weights, **changes: Any) -> Path:
-        save(tmp_path / "model", CONFIG | {"model_type": family} | changes, weights)
+def write_model(tmp_path, tokenizer_files):
+    """Writes a model folder and returns its path."""
+
+    def write_model(family: str, weights: Weights, **overrides: Any) -> Path:
+        save_folder(tmp_path / "model", CONFIG | {"model_type": family} | overrides, weights)
         tokenizer_files(tmp_path / "model")
         return tmp_path / "model"
 
-    return make
+    return write_model
 
 
 @pytest.mark.parametrize("dtypes", [("F32",), ("BF16",), MIXED])
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("prefixed", [False, True])
 @pytest.mark.parametrize("family", PREFIXES)
-def test_what_comes_in_goes_out_bit_by_bit(family, prefixed, head, dtypes, make, tmp_path):
+def test_weights_round_trip_bitwise(family, prefixed, head, dtypes, write_model, tmp_path):
     prefix = PREFIXES[family] if prefixed else ""
     weights = random_weights(prefix, family, head, dtypes)
-    folder = make(family, weights)
+    folder = write_model(family, weights)
     model = open_folder(folder)
     assert model.blueprint.prefix == prefix
     assert set(model.stream_passthrough()) == {
         *(name for name in weights if "pooler" in name or "position_ids" in name),
         *(HEADS[family] if head else ()),
     }
-    write_again(model, tmp_path / "loaded")
+    write_back(model, tmp_path / "loaded")
     assert_bitwise(load_weights(tmp_path / "loaded"), weights)
     hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
-    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "out")])
-    assert_bitwise(load_weights(tmp_path / "out"), weights)
+    orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "exported")])
+    assert_bitwise(load_weights(tmp_path / "exported"), weights)
 
 
 @pytest.mark.parametrize("family", PREFIXES)
-def test_the_weights_are_where_they_belong(family, make):
+def test_weights_map_to_the_right_parameters(family, write_model):
     weights = random_weights("", family, False, ("F32",))
-    params = open_folder(make(family, weights)).load()
+    params = open_folder(write_model(family, weights)).load()
     np.testing.assert_array_equal(params["positions"], weights["embeddings.position_embeddings.weight"])
     np.testing.assert_array_equal(params["norm_bias"], weights["embeddings.LayerNorm.bias"])
     layer = "encoder.layer.1."
-    for ours, theirs in (
+    for path, name in (
         ("q", "attention.self.query"), ("k", "attention.self.key"), ("v", "attention.self.value"),
         ("o", "attention.output.dense"), ("up", "intermediate.dense"), ("down", "output.dense"),
     ):  # fmt: skip
-        np.testing.assert_array_equal(params["layers"][ours][1], weights[f"{layer}{theirs}.weight"].T)
-        np.testing.assert_array_equal(params["layers"][f"{ours}_bias"][1], weights[f"{layer}{theirs}.bias"])
-    for ours, theirs in (("attention_norm", "attention.output.LayerNorm"), ("mlp_norm", "output.LayerNorm")):
-        np.testing.assert_array_equal(params["layers"][ours][1], weights[f"{layer}{theirs}.weight"])
-        np.testing.assert_array_equal(params["layers"][f"{ours}_bias"][1], weights[f"{layer}{theirs}.bias"])
+        np.testing.assert_array_equal(params["layers"][path][1], weights[f"{layer}{name}.weight"].T)
+        np.testing.assert_array_equal(params["layers"][f"{path}_bias"][1], weights[f"{layer}{name}.bias"])
+    for path, name in (("attention_norm", "attention.output.LayerNorm"), ("mlp_norm", "output.LayerNorm")):
+        np.testing.assert_array_equal(params["layers"][path][1], weights[f"{layer}{name}.weight"])
+        np.testing.assert_array_equal(params["layers"][f"{path}_bias"][1], weights[f"{layer}{name}.bias"])
 
 
 @pytest.mark.parametrize(
-    ("change", "parts"),
+    ("override", "parts"),
     [
         ({"hidden_act": "silu"}, ("hidden_act", "'gelu', 'gelu_new', 'gelu_pytorch_tanh' or 'relu'", "'silu'")),
         ({"position_embedding_type": "relative_key"}, ("position_embedding_type", "'absolute'", "'relative_key'")),
@@ -136,49 +138,49 @@ def test_the_weights_are_where_they_belong(family, make):
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_told_with_what_is(change, parts, make):
-    message = refusal(make("bert", random_weights("", "bert", False, ("F32",)), **change))
+def test_unsupported_config_raises_user_error(override, parts, write_model):
+    message = error_message(write_model("bert", random_weights("", "bert", False, ("F32",)), **override))
     for part in ("config.json", *parts):
         assert part in message
 
 
-def refusal(folder: Path, max_tokens: int | None = None, **settings: Any) -> str:
-    with pytest.raises(UserError) as caught:
+def error_message(folder: Path, max_tokens: int | None = None, **settings: Any) -> str:
+    with pytest.raises(UserError) as error:
         open_folder(folder, max_tokens=max_tokens, **settings)
-    return str(caught.value)
+    return str(error.value)
 
 
-def test_more_tokens_than_positions(make):
-    """XLM-RoBERTa's positions start after the padding id, so that fewer are left."""
+def test_max_tokens_above_number_of_positions_raises_user_error(write_model):
+    """Positions of XLM-RoBERTa start after the padding id, which leaves fewer of them."""
     weights = random_weights("", "bert", False, ("F32",))
     for family, positions in (("bert", 67), ("xlm-roberta", 64)):
-        folder = make(family, weights)
+        folder = write_model(family, weights)
         assert open_folder(folder).blueprint.max_tokens == positions
         assert open_folder(folder, max_tokens=positions).blueprint.max_tokens == positions
-        assert f"data.query_max_tokens and data.passage_max_tokens may be at most {positions}" in refusal(
+        assert f"data.query_max_tokens and data.passage_max_tokens may be at most {positions}" in error_message(
             folder, positions + 1
         )
 
 
-def test_a_padding_id_that_the_tokenizer_does_not_share(make):
+def test_mismatched_padding_id_raises_user_error(write_model):
     weights = random_weights("", "xlm-roberta", False, ("F32",))
-    message = refusal(make("xlm-roberta", weights, pad_token_id=1))
+    message = error_message(write_model("xlm-roberta", weights, pad_token_id=1))
     assert "1 in config.json (pad_token_id) but 2 in the tokenizer" in message
-    message = refusal(make("xlm-roberta", weights, pad_token_id=80))
+    message = error_message(write_model("xlm-roberta", weights, pad_token_id=80))
     assert "max_position_embeddings 67 leaves no position after pad_token_id 80" in message
-    message = refusal(make("xlm-roberta", weights, pad_token_id=300, max_position_embeddings=400))
-    assert "pad_token_id 300 is no token of a vocabulary of 300 (vocab_size)" in message
+    message = error_message(write_model("xlm-roberta", weights, pad_token_id=300, max_position_embeddings=400))
+    assert "pad_token_id 300 is outside the vocabulary of 300 tokens (vocab_size)" in message
 
 
-def test_an_encoder_is_not_causal(make):
+def test_causal_encoder_raises_user_error(write_model):
     weights = random_weights("", "bert", False, ("F32",))
-    assert "model.attention: causal needs a decoder" in refusal(make("bert", weights), attention="causal")
+    assert "model.attention: causal needs a decoder" in error_message(write_model("bert", weights), attention="causal")
 
 
-def test_a_checkpoint_keeps_the_types_in_which_weights_came(make, tmp_path):
-    """So that it is no larger than what it was made of."""
+def test_checkpoint_keeps_original_dtypes(write_model, tmp_path):
+    """A converted checkpoint is no larger than the original."""
     weights = random_weights("", "bert", False, ("BF16",))
-    hf_to_orbax(["--model", str(make("bert", weights)), "--output", str(tmp_path / "orbax")])
+    hf_to_orbax(["--model", str(write_model("bert", weights)), "--output", str(tmp_path / "orbax")])
     model: PretrainedModel = open_folder(tmp_path / "orbax")
     assert isinstance(OrbaxCheckpoint(tmp_path / "orbax").blueprint, Blueprint)
     streamed = model.stream()

@@ -1,4 +1,4 @@
-"""HF -> Orbax -> HF: the same weights, and a folder that others load to the same ids and vectors."""
+"""Tests of exports: weights round-trip bitwise; sentence-transformers computes the same token ids and embeddings."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ from codiemb_jax.checkpoints.export import write_export
 from codiemb_jax.checkpoints.model import open_checkpoint, open_model
 from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
 from codiemb_jax.checkpoints.safetensors import LazyArray
-from codiemb_jax.checkpoints.verify import as_written, verify
+from codiemb_jax.checkpoints.verify import exported_params, verify
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
@@ -41,7 +41,7 @@ from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import Triple
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
-from tests.helpers import assert_bitwise, content_of, load_weights, sentence_transformer
+from tests.helpers import assert_bitwise, load_weights, read_files, sentence_transformer
 
 TINY = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -56,7 +56,7 @@ TEXTS = [
     "A",
     "Who wrote the book that was read by everyone in the year 1924?",
 ]
-MARK = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nraise RuntimeError('it was run')\n"
+CODE = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nraise RuntimeError('code was run')\n"
 KINDS = ("utu", "qwen3", "llama", "minicpm", "bert", "xlm-roberta")
 ROPE = {"rope_type": "default", "rope_theta": 1.6e6}
 ENCODERS = {
@@ -70,12 +70,15 @@ ENCODERS = {
 
 
 def write_model(folder: Path, kind: str) -> None:
-    """A random model: utu and MiniCPM in float32 with remote code, Qwen3 in bfloat16, Llama with grouped queries and
-    a head of its own, BERT with a pooler, XLM-RoBERTa with a head and prefixed names."""
+    """Writes a random model.
+
+    utu and MiniCPM are in float32 with remote code, Qwen3 in bfloat16; Llama has grouped queries and an untied head,
+    BERT a pooler, XLM-RoBERTa a head and prefixed names.
+    """
     torch.manual_seed(0)
     if kind in ENCODERS:
-        make, config, own = ENCODERS[kind]
-        model = make(config(**TINY | own))
+        model_class, config_class, overrides = ENCODERS[kind]
+        model = model_class(config_class(**TINY | overrides))
     elif kind == "llama":
         config = LlamaConfig(
             **TINY, num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters=ROPE, tie_word_embeddings=False
@@ -98,17 +101,17 @@ def write_model(folder: Path, kind: str) -> None:
             torch.nn.init.normal_(weight, 0.0, 0.2)
     model.to(torch.bfloat16 if kind == "qwen3" else torch.float32).save_pretrained(folder)
     if kind in ("utu", "minicpm"):
-        as_published(folder, kind)
+        convert_to_published_form(folder, kind)
 
 
-OWN = {
+ORIGINAL_CONFIGS = {
     "utu": {"head_dim": 16, "model_type": "utu", "architectures": ["UTUModel"], "mlp_bias": False},
     "minicpm": {
         "model_type": "minicpm", "architectures": ["MiniCPMModel"], "scale_emb": 12, "scale_depth": 1.4,
         "dim_model_base": 256,
     },
 }  # fmt: skip
-STOCK = {
+STOCK_CONFIGS = {
     "utu": {
         "model_type": "qwen3", "architectures": ["Qwen3Model"], "layer_types": ["full_attention"] * 2,
         "use_sliding_window": False,
@@ -120,8 +123,8 @@ STOCK = {
 }  # fmt: skip
 
 
-def as_published(folder: Path, kind: str) -> None:
-    """Turns the saved model into a checkpoint as it is published: other type, remote code, transformers 4 keys."""
+def convert_to_published_form(folder: Path, kind: str) -> None:
+    """Gives a saved model the model_type, remote code and transformers 4 keys of the published checkpoint."""
     config = {
         **TINY,
         "num_key_value_heads": 4,
@@ -134,19 +137,20 @@ def as_published(folder: Path, kind: str) -> None:
         "pretraining_tp": 1,
         "torch_dtype": "float32",
         "transformers_version": "4.51.3",
-        **OWN[kind],
+        **ORIGINAL_CONFIGS[kind],
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / f"modeling_{kind}.py").write_text(MARK)
-    (folder / f"configuration_{kind}.py").write_bytes(MARK.encode() + b"# \xe4\xb8\xad\r\n")
+    (folder / f"modeling_{kind}.py").write_text(CODE)
+    (folder / f"configuration_{kind}.py").write_bytes(CODE.encode() + b"# \xe4\xb8\xad\r\n")
 
 
-def ran(folder: Path) -> list[Path]:
+def executed_code(folder: Path) -> list[Path]:
+    """Returns the files that the Python files of a folder create when they are run."""
     return list(folder.rglob("*.ran"))
 
 
 class Converted:
-    """A model, its Orbax checkpoint, and the stock folder made of that."""
+    """A model, its Orbax checkpoint, and the stock export of the checkpoint."""
 
     def __init__(self, folder: Path, kind: str):
         self.folder, self.kind = folder, kind
@@ -155,16 +159,16 @@ class Converted:
 
 @pytest.fixture(scope="module")
 def convert(tmp_path_factory, tokenizer_files) -> Callable[[str], Converted]:
-    """Converts a model of a kind there and back, once."""
+    """Converts and exports each kind of model once."""
 
     @cache
     def convert(kind: str) -> Converted:
-        made = Converted(tmp_path_factory.mktemp(kind), kind)
-        write_model(made.model, kind)
-        tokenizer_files(made.model)
-        hf_to_orbax(["--model", str(made.model), "--output", str(made.checkpoint)])
-        export(made.checkpoint, made.export)
-        return made
+        converted = Converted(tmp_path_factory.mktemp(kind), kind)
+        write_model(converted.model, kind)
+        tokenizer_files(converted.model)
+        hf_to_orbax(["--model", str(converted.model), "--output", str(converted.checkpoint)])
+        export(converted.checkpoint, converted.export)
+        return converted
 
     return convert
 
@@ -183,10 +187,10 @@ def export(checkpoint: Path, output: Path) -> None:
     orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(output), "--architecture", "stock", "--verify"])
 
 
-def reference(
+def reference_embeddings(
     export: Path, source: Path, texts: Sequence[str], prompt: str = "", end: str = "", limit: int = 10**6
 ) -> np.ndarray:
-    """Vectors by transformers, the source's own tokenizer, and a mean over what follows the prompt's characters."""
+    """Computes embeddings with transformers and the original tokenizer: the mean over the tokens after the prompt."""
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     encoded = [tokenizer.encode(prompt + text + end, add_special_tokens=False) for text in texts]
     ends = tokenizer.encode(end, add_special_tokens=False).ids
@@ -205,32 +209,34 @@ def reference(
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def assert_same_vectors(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    cosines = np.sum(found * expected, axis=1)
+def assert_same_embeddings(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(np.linalg.norm(actual, axis=1), 1, atol=1e-5)
+    cosines = np.sum(actual * expected, axis=1)
     assert cosines.min() > 0.99999, cosines
 
 
-def test_weights_are_those_of_the_model(converted):
+def test_weights_round_trip_bitwise(converted):
     assert_bitwise(load_weights(converted.export), load_weights(converted.model))
 
 
-def test_config_is_that_of_the_model_but_for_its_attention(converted):
-    came, went = (json.loads((folder / "config.json").read_text()) for folder in (converted.model, converted.export))
+def test_config_changes_only_attention_and_architecture(converted):
+    original, exported = (
+        json.loads((folder / "config.json").read_text()) for folder in (converted.model, converted.export)
+    )
     if converted.kind not in ENCODERS:
-        assert went.pop("is_causal") is False
-        assert went.pop("use_bidirectional_attention") is True
-    if stock := STOCK.get(converted.kind):
+        assert exported.pop("is_causal") is False
+        assert exported.pop("use_bidirectional_attention") is True
+    if stock := STOCK_CONFIGS.get(converted.kind):
         for name, value in stock.items():
-            assert went.pop(name) == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), name
-        for name in {"auto_map", "scale_emb", "scale_depth", "dim_model_base", *stock} & set(came):
-            del came[name]
-    assert went == came
-    assert "auto_map" not in went
+            assert exported.pop(name) == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), name
+        for name in {"auto_map", "scale_emb", "scale_depth", "dim_model_base", *stock} & set(original):
+            del original[name]
+    assert exported == original
+    assert "auto_map" not in exported
 
 
-def test_the_folder_says_what_sentence_transformers_and_tei_read(converted):
+def test_export_has_the_files_of_sentence_transformers_and_tei(converted):
     def read(name: str):
         return json.loads((converted.export / name).read_text())
 
@@ -253,25 +259,25 @@ def test_the_folder_says_what_sentence_transformers_and_tei_read(converted):
     assert read("sentence_bert_config.json")["max_seq_length"] == 640
     assert read("tokenizer_config.json")["model_max_length"] == 640
     assert list(converted.export.rglob("*.py")) == []
-    assert ran(converted.folder) == []
+    assert executed_code(converted.folder) == []
 
 
-def test_sentence_transformers_makes_the_same_vectors(converted):
+def test_export_matches_sentence_transformers(converted):
     model = sentence_transformer(converted.export)
     assert model.prompts == {"query": QUERY, "document": ""}
     assert model.max_seq_length == 640
     assert model.get_embedding_dimension() == 48
     assert 450 < model.preprocess([TEXTS[2]])["input_ids"].shape[1] < 580
     queries, documents = model.encode_query(TEXTS), model.encode_document(TEXTS)
-    assert_same_vectors(queries, reference(converted.export, converted.model, TEXTS, QUERY))
-    assert_same_vectors(documents, reference(converted.export, converted.model, TEXTS))
-    assert np.abs(queries - documents).max() > 0.01  # the prompt does something
-    for i, text in enumerate(TEXTS):  # no padding
-        assert_same_vectors(model.encode_query([text]), queries[i : i + 1])
+    assert_same_embeddings(queries, reference_embeddings(converted.export, converted.model, TEXTS, QUERY))
+    assert_same_embeddings(documents, reference_embeddings(converted.export, converted.model, TEXTS))
+    assert np.abs(queries - documents).max() > 0.01  # the prompt has an effect
+    for i, text in enumerate(TEXTS):  # without padding
+        assert_same_embeddings(model.encode_query([text]), queries[i : i + 1])
     np.testing.assert_allclose(model.similarity(queries, queries).diagonal(), 1, atol=1e-5)
 
 
-def first_token_sees_the_last(folder: Path) -> bool:
+def first_token_attends_to_last(folder: Path) -> bool:
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
     with torch.no_grad():
@@ -280,24 +286,24 @@ def first_token_sees_the_last(folder: Path) -> bool:
 
 
 def test_attention_is_bidirectional(converted):
-    assert first_token_sees_the_last(converted.export)
+    assert first_token_attends_to_last(converted.export)
 
 
 def make_checkpoint(folder: Path, output: Path, prompt: PromptSettings, max_tokens: int | None = None, **settings):
-    """A checkpoint as a run leaves it: with prompts, attention and lengths of its own."""
+    """Writes a checkpoint as a run would, with the given prompts, limit and model settings."""
     model = open_model(ModelSettings(path=str(folder), **settings), prompt, make_mesh(MeshSettings()), max_tokens)
     save_model(output, model.stream(), model.stream_passthrough(), model.blueprint)
 
 
-def encoder_of(blueprint: Blueprint) -> PromptTokenizer:
+def prompt_tokenizer(blueprint: Blueprint) -> PromptTokenizer:
     return PromptTokenizer(blueprint.tokenizer(), blueprint.prompt)
 
 
-def ids_of(model: SentenceTransformer, text: str, kind: str) -> list[int]:
+def token_ids(model: SentenceTransformer, text: str, kind: str) -> list[int]:
     return model.preprocess([text], prompt=model.prompts[kind] or None)["input_ids"][0].tolist()
 
 
-def test_special_tokens_at_both_ends(utu, tmp_path):
+def test_export_with_begin_and_end_tokens(utu, tmp_path):
     prompt = PromptSettings(
         begin="<s>", query="{instruction}: ", passage="Passage: ", end="</s>", default_instruction="Find it"
     )
@@ -306,104 +312,107 @@ def test_special_tokens_at_both_ends(utu, tmp_path):
     model = sentence_transformer(tmp_path / "export")
     assert model.prompts == {"query": "<s>Find it: ", "document": "<s>Passage: "}
     assert model.max_seq_length == 96
-    encoder = encoder_of(OrbaxCheckpoint(tmp_path / "orbax").blueprint)
-    kinds = {"query": (encoder.tokenize_queries, "Find it"), "document": (encoder.tokenize_passages, "")}
-    for kind, (encode, instruction) in kinds.items():
-        for text, ours in zip(
-            TEXTS, encode([Triple(instruction, "", text.strip()) for text in TEXTS], 96), strict=True
+    tokenizer = prompt_tokenizer(OrbaxCheckpoint(tmp_path / "orbax").blueprint)
+    kinds = {"query": (tokenizer.tokenize_queries, "Find it"), "document": (tokenizer.tokenize_passages, "")}
+    for kind, (tokenize, instruction) in kinds.items():
+        for text, expected in zip(
+            TEXTS, tokenize([Triple(instruction, "", text.strip()) for text in TEXTS], 96), strict=True
         ):
-            found = ids_of(model, text.strip(), kind)
-            assert found == ours.ids.tolist()
-            assert (found[0], found[-1]) == (0, 1)
-            assert len(found) <= 96
-    assert len(ids_of(model, TEXTS[2], "query")) == 96  # truncation keeps the end token
+            actual = token_ids(model, text.strip(), kind)
+            assert actual == expected.ids.tolist()
+            assert (actual[0], actual[-1]) == (0, 1)
+            assert len(actual) <= 96
+    assert len(token_ids(model, TEXTS[2], "query")) == 96  # truncation keeps the end token
     texts = [text.strip() for text in TEXTS]
-    expected = reference(tmp_path / "export", utu.model, texts, "<s>Find it: ", "</s>", 96)
-    assert_same_vectors(model.encode_query(texts), expected)
-    expected = reference(tmp_path / "export", utu.model, texts, "<s>Passage: ", "</s>", 96)
-    assert_same_vectors(model.encode_document(texts), expected)
+    expected = reference_embeddings(tmp_path / "export", utu.model, texts, "<s>Find it: ", "</s>", 96)
+    assert_same_embeddings(model.encode_query(texts), expected)
+    expected = reference_embeddings(tmp_path / "export", utu.model, texts, "<s>Passage: ", "</s>", 96)
+    assert_same_embeddings(model.encode_document(texts), expected)
 
 
-def test_a_tokenizer_that_joins_the_prompts_blank_with_the_first_word(golden, tmp_path):
-    """The golden model's does, as most byte-level tokenizers do; the prompt alone has a token more there."""
+def test_export_with_a_tokenizer_that_merges_the_prompt_space(golden, tmp_path):
+    """Byte-level tokenizers merge the space with the first word; the prompt alone has one more token."""
     source = golden / "youtu_tiny"
     make_checkpoint(source, tmp_path / "orbax", PromptSettings(), 256)
     export(tmp_path / "orbax", tmp_path / "export")
     assert_bitwise(load_weights(tmp_path / "export"), load_weights(source))
     model = sentence_transformer(tmp_path / "export")
     texts = ["what is the capital of France", "How do plants make sugar out of light?", "the committee met " * 25]
-    encoder = encoder_of(OrbaxCheckpoint(tmp_path / "orbax").blueprint)
+    tokenizer = prompt_tokenizer(OrbaxCheckpoint(tmp_path / "orbax").blueprint)
     instruction = PromptSettings().default_instruction
-    for text, ours in zip(
-        texts, encoder.tokenize_queries([Triple(instruction, "", text.strip()) for text in texts], 256), strict=True
+    for text, expected in zip(
+        texts, tokenizer.tokenize_queries([Triple(instruction, "", text.strip()) for text in texts], 256), strict=True
     ):
         features = model.preprocess([text], prompt=model.prompts["query"])
-        assert features["input_ids"][0].tolist() == ours.ids.tolist()
-        assert features["prompt_length"] == ours.content
-    expected = reference(tmp_path / "export", source, [text.strip() for text in texts], QUERY)
-    assert_same_vectors(model.encode_query(texts), expected)
+        assert features["input_ids"][0].tolist() == expected.ids.tolist()
+        assert features["prompt_length"] == expected.content_start
+    expected = reference_embeddings(tmp_path / "export", source, [text.strip() for text in texts], QUERY)
+    assert_same_embeddings(model.encode_query(texts), expected)
 
 
-def test_causal_attention(utu, tmp_path):
+def test_export_with_causal_attention(utu, tmp_path):
     make_checkpoint(utu.model, tmp_path / "orbax", PromptSettings(), attention="causal")
     export(tmp_path / "orbax", tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["is_causal"] is True
     assert config["use_bidirectional_attention"] is False
-    assert not first_token_sees_the_last(tmp_path / "export")
+    assert not first_token_attends_to_last(tmp_path / "export")
     model = sentence_transformer(tmp_path / "export")
-    assert_same_vectors(model.encode_query(TEXTS), reference(tmp_path / "export", utu.model, TEXTS, QUERY))
+    assert_same_embeddings(
+        model.encode_query(TEXTS), reference_embeddings(tmp_path / "export", utu.model, TEXTS, QUERY)
+    )
 
 
-def test_minicpm_in_the_original_layout(convert, tmp_path):
-    made = convert("minicpm")
-    orbax_to_hf(["--checkpoint", str(made.checkpoint), "--output", str(tmp_path / "export")])
-    went = json.loads((tmp_path / "export" / "config.json").read_text())
-    came = json.loads((made.model / "config.json").read_text())
-    assert went == came | {"is_causal": False, "use_bidirectional_attention": True}
+def test_export_of_minicpm_with_the_original_architecture(convert, tmp_path):
+    minicpm = convert("minicpm")
+    orbax_to_hf(["--checkpoint", str(minicpm.checkpoint), "--output", str(tmp_path / "export")])
+    exported = json.loads((tmp_path / "export" / "config.json").read_text())
+    original = json.loads((minicpm.model / "config.json").read_text())
+    assert exported == original | {"is_causal": False, "use_bidirectional_attention": True}
     assert (tmp_path / "export" / "modeling_minicpm.py").read_bytes() == (
-        made.model / "modeling_minicpm.py"
+        minicpm.model / "modeling_minicpm.py"
     ).read_bytes()
-    assert ran(tmp_path) == ran(made.folder) == []
+    assert executed_code(tmp_path) == executed_code(minicpm.folder) == []
 
 
-def test_an_exported_minicpm_is_read_again(convert, tmp_path):
-    """As Granite, the name under which transformers knows it."""
-    made = convert("minicpm")
-    hf_to_orbax(["--model", str(made.export), "--output", str(tmp_path / "orbax")])
+def test_exported_minicpm_can_be_converted_again(convert, tmp_path):
+    """It is exported as Granite."""
+    minicpm = convert("minicpm")
+    hf_to_orbax(["--model", str(minicpm.export), "--output", str(tmp_path / "orbax")])
     export(tmp_path / "orbax", tmp_path / "export")
-    assert_bitwise(load_weights(tmp_path / "export"), load_weights(made.model))
+    assert_bitwise(load_weights(tmp_path / "export"), load_weights(minicpm.model))
 
 
-POOLINGS = {
+POOLING_KEYS = {
     "mean": "mean_tokens",
     "cls": "cls_token",
     "last_token": "lasttoken",
     "weighted_mean": "weightedmean_tokens",
 }
-WRAPPED = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
-INCLUDED = WRAPPED.model_copy(update={"include_in_pooling": True})
+EXCLUDED = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
+INCLUDED = EXCLUDED.model_copy(update={"include_in_pooling": True})
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "prompt"),
     [
-        ("bert", {"pooling": "cls"}, WRAPPED),
-        ("xlm-roberta", {"pooling": "mean"}, WRAPPED),
-        ("xlm-roberta", {"pooling": "last_token", "normalize": False}, WRAPPED),
+        ("bert", {"pooling": "cls"}, EXCLUDED),
+        ("xlm-roberta", {"pooling": "mean"}, EXCLUDED),
+        ("xlm-roberta", {"pooling": "last_token", "normalize": False}, EXCLUDED),
         ("minicpm", {"pooling": "weighted_mean"}, PromptSettings(query="", end="</s>")),
         ("minicpm", {"pooling": "weighted_mean"}, INCLUDED),
         ("xlm-roberta", {"pooling": "mean"}, INCLUDED),
         ("utu", {"pooling": "cls", "projection_dim": 20}, PromptSettings()),
-        ("bert", {"pooling": "mean", "projection_dim": 64, "normalize": False}, WRAPPED),
-        ("llama", {"pooling": "last_token", "attention": "causal"}, WRAPPED),
+        ("bert", {"pooling": "mean", "projection_dim": 64, "normalize": False}, EXCLUDED),
+        ("llama", {"pooling": "last_token", "attention": "causal"}, EXCLUDED),
     ],
     ids=str,
 )
-def test_every_pooling_and_projection_in_sentence_transformers(kind, settings, prompt, convert, tmp_path):
-    made = convert(kind)
+def test_poolings_and_projections_match_sentence_transformers(kind, settings, prompt, convert, tmp_path):
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
-    model = open_model(ModelSettings(path=str(made.model), compute_dtype="float32", **settings), prompt, mesh, 600)
+    model = open_model(
+        ModelSettings(path=str(convert(kind).model), compute_dtype="float32", **settings), prompt, mesh, 600
+    )
     write_export(tmp_path / "export", params := model.load(7), {}, model.blueprint, stock=True)
     names = ["Transformer", "Pooling", *["Dense"] * ("projection_dim" in settings)]
     names += ["Normalize"] * settings.get("normalize", True)
@@ -411,47 +420,47 @@ def test_every_pooling_and_projection_in_sentence_transformers(kind, settings, p
     assert [module["type"].split(".")[-1] for module in modules] == names
     pooling = json.loads((tmp_path / "export" / "1_Pooling" / "config.json").read_text())
     assert [name for name in pooling if pooling[name] is True and name != "include_prompt"] == [
-        f"pooling_mode_{POOLINGS[settings['pooling']]}"
+        f"pooling_mode_{POOLING_KEYS[settings['pooling']]}"
     ]
     assert pooling["include_prompt"] is (prompt.include_in_pooling or settings["pooling"] != "mean")
-    theirs = sentence_transformer(tmp_path / "export")
+    reference = sentence_transformer(tmp_path / "export")
     texts = [text.strip() for text in TEXTS]
-    ours = Embedder(model.graph, params, model.blueprint, mesh)
+    embedder = Embedder(model.graph, params, model.blueprint, mesh)
     instruction = prompt.default_instruction if prompt.query else ""
-    queries, documents = ours.encode_query(texts, instruction=instruction), ours.encode_document(texts)
-    np.testing.assert_array_equal(ours.encode_query(texts), queries)
+    queries, documents = embedder.encode_query(texts, instruction=instruction), embedder.encode_document(texts)
+    np.testing.assert_array_equal(embedder.encode_query(texts), queries)
     assert queries.shape == (5, settings.get("projection_dim", 48))
-    np.testing.assert_allclose(theirs.encode_query(texts), queries, atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(theirs.encode_document(texts), documents, atol=1e-4, rtol=1e-4)
-    lengths = np.linalg.norm(queries, axis=1)
-    assert np.allclose(lengths, 1, atol=1e-5) == settings.get("normalize", True)
+    np.testing.assert_allclose(reference.encode_query(texts), queries, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(reference.encode_document(texts), documents, atol=1e-4, rtol=1e-4)
+    norms = np.linalg.norm(queries, axis=1)
+    assert np.allclose(norms, 1, atol=1e-5) == settings.get("normalize", True)
 
 
-def test_the_direction_of_attention_goes_with_an_export(utu, tmp_path):
+def test_export_stores_the_attention(utu, tmp_path):
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
     settings = ModelSettings(path=str(utu.model), attention="causal")
     model = open_model(settings, PromptSettings(), mesh)
     write_export(tmp_path / "export", model.load(), {}, model.blueprint, stock=True)
-    assert open_model(settings, PromptSettings(), mesh).folder.stored == {}
+    assert open_model(settings, PromptSettings(), mesh).folder.stored_settings == {}
     hf_to_orbax(["--model", str(tmp_path / "export"), "--output", str(tmp_path / "orbax")])
     assert open_checkpoint(tmp_path / "orbax").blueprint.encoding["attention"] == "causal"
 
 
-def test_a_projection_survives_a_checkpoint_and_is_random_by_seed(utu, tmp_path):
+def test_projection_depends_on_the_seed_and_is_stored_in_checkpoints(utu, tmp_path):
     mesh = make_mesh(MeshSettings(fsdp=2))
     settings = ModelSettings(path=str(utu.model), projection_dim=20)
     model = open_model(settings, PromptSettings(), mesh)
-    one, same, other = model.load(1), model.load(1), model.load(2)
-    kernel = np.asarray(one["projection"]["kernel"])
+    params, same, other = model.load(1), model.load(1), model.load(2)
+    kernel = np.asarray(params["projection"]["kernel"])
     assert np.asarray(same["projection"]["kernel"]).tobytes() == kernel.tobytes()
     assert not np.allclose(np.asarray(other["projection"]["kernel"]), kernel)
-    bound = 48**-0.5  # of PyTorch's Linear
+    bound = 48**-0.5  # as in torch.nn.Linear
     assert np.abs(kernel).max() <= bound
     assert np.std(kernel) == pytest.approx(bound / 3**0.5, rel=0.05)
-    as_lazy = jax.tree.map(lambda leaf: LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf)), one)
+    as_lazy = jax.tree.map(lambda leaf: LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf)), params)
     save_model(tmp_path / "orbax", as_lazy, {}, model.blueprint)
-    again = open_model(settings.model_copy(update={"path": str(tmp_path / "orbax")}), PromptSettings(), mesh)
-    assert np.asarray(again.load(9)["projection"]["kernel"]).tobytes() == kernel.tobytes()
+    restored = open_model(settings.model_copy(update={"path": str(tmp_path / "orbax")}), PromptSettings(), mesh)
+    assert np.asarray(restored.load(9)["projection"]["kernel"]).tobytes() == kernel.tobytes()
     written = tmp_path / "export"
     orbax_to_hf(
         ["--checkpoint", str(tmp_path / "orbax"), "--output", str(written), "--architecture", "stock", "--verify"]
@@ -463,26 +472,26 @@ def test_a_projection_survives_a_checkpoint_and_is_random_by_seed(utu, tmp_path)
             open_model(ModelSettings(path=str(tmp_path / "orbax"), projection_dim=dim), PromptSettings(), mesh)
 
 
-def test_a_weighted_mean_with_prompts_is_not_exported(convert, tmp_path):
-    make_checkpoint(convert("minicpm").model, tmp_path / "orbax", WRAPPED, pooling="weighted_mean")
-    with pytest.raises(UserError, match=r"set prompt\.begin and prompt\.query and prompt\.passage to nothing"):
+def test_export_of_weighted_mean_with_excluded_prompts_raises_user_error(convert, tmp_path):
+    make_checkpoint(convert("minicpm").model, tmp_path / "orbax", EXCLUDED, pooling="weighted_mean")
+    with pytest.raises(UserError, match=r"set prompt\.begin and prompt\.query and prompt\.passage to ''"):
         orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
     assert not (tmp_path / "export").exists()
 
 
-def change_a_weight(export: Path) -> None:
+def change_weight(export: Path) -> None:
     path = export / "model.safetensors"
     weights = load_file(path)
     weights["layers.1.mlp.up_proj.weight"][3, 5] += 4
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def turn_attention(export: Path) -> None:
+def make_attention_causal(export: Path) -> None:
     path = export / "config.json"
     path.write_text(path.read_text().replace('"is_causal": false', '"is_causal": true'))
 
 
-def append_a_token(export: Path) -> None:
+def append_token(export: Path) -> None:
     path = export / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["post_processor"] = {
@@ -494,108 +503,108 @@ def append_a_token(export: Path) -> None:
     path.write_text(json.dumps(tokenizer))
 
 
-def pool_the_prompt(export: Path) -> None:
+def include_prompt_in_pooling(export: Path) -> None:
     path = export / "1_Pooling" / "config.json"
     path.write_text(path.read_text().replace('"include_prompt": false', '"include_prompt": true'))
 
 
-def take_normalisation_out(export: Path) -> None:
+def remove_normalization(export: Path) -> None:
     path = export / "modules.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:2]))
 
 
-def verified(folder: Path, checkpoint: Path) -> bool:
+def run_verify(folder: Path, checkpoint: Path) -> bool:
     model = open_checkpoint(checkpoint)
-    return verify(folder, model, Embedder(model.graph, as_written(model), model.blueprint, model.mesh))
+    return verify(folder, model, Embedder(model.graph, exported_params(model), model.blueprint, model.mesh))
 
 
-def test_verify_accepts_what_was_exported(utu, capsys):
-    assert verified(utu.export, utu.checkpoint) is True
+def test_verify_accepts_an_export(utu, capsys):
+    assert run_verify(utu.export, utu.checkpoint) is True
     assert "DIFFER" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "spoil", [change_a_weight, turn_attention, append_a_token, pool_the_prompt, take_normalisation_out]
+    "corrupt", [change_weight, make_attention_causal, append_token, include_prompt_in_pooling, remove_normalization]
 )
-def test_verify_finds_what_is_wrong(spoil, utu, tmp_path, capsys):
+def test_verify_detects_corrupted_exports(corrupt, utu, tmp_path, capsys):
     folder = tmp_path / "export"
     shutil.copytree(utu.export, folder)
-    before = content_of(folder)
-    spoil(folder)
-    assert content_of(folder) != before
-    assert verified(folder, utu.checkpoint) is False
+    before = read_files(folder)
+    corrupt(folder)
+    assert read_files(folder) != before
+    assert run_verify(folder, utu.checkpoint) is False
     output = capsys.readouterr().out
-    assert "ids or vectors differ" in output
-    assert ("DIFFER" in output) == (spoil is append_a_token)
+    assert "token ids or embeddings differ" in output
+    assert ("DIFFER" in output) == (corrupt is append_token)
 
 
-def test_a_failed_verification_ends_the_program_as_an_error_of_ours(utu, tmp_path, monkeypatch):
-    def write_and_spoil(folder: Path, *arguments, **options) -> None:
+def test_failed_verification_exits_with_code_1(utu, tmp_path, monkeypatch):
+    def write_and_corrupt(folder: Path, *arguments, **options) -> None:
         write_export(folder, *arguments, **options)
-        change_a_weight(folder)
+        change_weight(folder)
 
-    monkeypatch.setattr("codiemb_jax.checkpoints.export.write_export", write_and_spoil)
+    monkeypatch.setattr("codiemb_jax.checkpoints.export.write_export", write_and_corrupt)
     with pytest.raises(SystemExit) as caught:
         export(utu.checkpoint, tmp_path / "export")
-    assert "verification failed" in str(caught.value.code)  # a message: exit code 1
+    assert "verification failed" in str(caught.value.code)  # a string: exit code 1
     assert (tmp_path / "export" / "model.safetensors").is_file()
 
 
-def test_the_original_layout_keeps_the_code_and_never_runs_it(utu, tmp_path):
+def test_export_with_the_original_architecture_keeps_the_code_and_never_runs_it(utu, tmp_path):
     orbax_to_hf(["--checkpoint", str(utu.checkpoint), "--output", str(tmp_path / "export")])
     source, written = utu.model, tmp_path / "export"
-    came, went = (json.loads((folder / "config.json").read_text()) for folder in (source, written))
-    assert went["model_type"] == "utu"
-    assert went["auto_map"] == came["auto_map"]
-    assert went == came | {"is_causal": False, "use_bidirectional_attention": True}
+    original, exported = (json.loads((folder / "config.json").read_text()) for folder in (source, written))
+    assert exported["model_type"] == "utu"
+    assert exported["auto_map"] == original["auto_map"]
+    assert exported == original | {"is_causal": False, "use_bidirectional_attention": True}
     for name in ("modeling_utu.py", "configuration_utu.py"):
         assert (written / name).read_bytes() == (source / name).read_bytes()
     assert_bitwise(load_weights(written), load_weights(source))
-    assert ran(utu.folder) == ran(tmp_path) == []
-    # What was written is a model that is read again.
+    assert executed_code(utu.folder) == executed_code(tmp_path) == []
+    # The export can be converted again.
     hf_to_orbax(["--model", str(written), "--output", str(tmp_path / "orbax")])
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "again")])
     assert_bitwise(load_weights(tmp_path / "again"), load_weights(source))
-    assert ran(tmp_path) == []
+    assert executed_code(tmp_path) == []
 
 
-def test_what_needs_remote_code_is_not_verified(utu, tmp_path):
+def test_verify_with_remote_code_raises_user_error(utu, tmp_path):
     arguments = ["--checkpoint", str(utu.checkpoint), "--output", str(tmp_path / "export"), "--verify"]
     with pytest.raises(UserError, match="add --architecture stock"):
         orbax_to_hf(arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_written_over(utu, tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "file").write_text("mine")
+def test_existing_output_raises_user_error(utu, tmp_path):
+    (tmp_path / "existing").mkdir()
+    (tmp_path / "existing" / "file").write_text("content")
     for main, option, path in (
         (hf_to_orbax, "--model", utu.model),
         (orbax_to_hf, "--checkpoint", utu.checkpoint),
     ):
-        with pytest.raises(UserError, match="there: already exists"):
-            main([option, str(path), "--output", str(tmp_path / "there")])
+        with pytest.raises(UserError, match="existing: already exists"):
+            main([option, str(path), "--output", str(tmp_path / "existing")])
     model = open_checkpoint(utu.checkpoint)
-    with pytest.raises(UserError, match="there: already exists"):
-        write_export(tmp_path / "there", model.stream(), {}, model.blueprint, stock=True)
-    with pytest.raises(UserError, match="there: already exists"):
-        save_model(tmp_path / "there", model.stream(), {}, model.blueprint)
-    assert content_of(tmp_path) == {"there/file": b"mine"}
+    with pytest.raises(UserError, match="existing: already exists"):
+        write_export(tmp_path / "existing", model.stream(), {}, model.blueprint, stock=True)
+    with pytest.raises(UserError, match="existing: already exists"):
+        save_model(tmp_path / "existing", model.stream(), {}, model.blueprint)
+    assert read_files(tmp_path) == {"existing/file": b"content"}
 
 
-def test_nothing_is_written_into_what_is_read(utu):
-    before = content_of(utu.folder)
+def test_output_inside_the_input_raises_user_error(utu):
+    before = read_files(utu.folder)
     for main, option, path in (
         (hf_to_orbax, "--model", utu.model),
         (orbax_to_hf, "--checkpoint", utu.checkpoint),
     ):
-        with pytest.raises(UserError, match=f"lies in {path}, which is read; give a folder outside of it"):
+        with pytest.raises(UserError, match=f"is inside the input folder {path}; give a folder outside it"):
             main([option, str(path), "--output", str(path / "a" / "output")])
-    assert content_of(utu.folder) == before
+    assert read_files(utu.folder) == before
     assert not list(utu.folder.glob("*/a"))
 
 
-def test_what_is_no_checkpoint_is_told(utu, tmp_path):
+def test_exporting_a_folder_without_a_checkpoint_raises_user_error(utu, tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (utu.model, tmp_path / "empty", tmp_path / "absent"):
         with pytest.raises(UserError, match=f"{path} is not a checkpoint"):
@@ -603,7 +612,7 @@ def test_what_is_no_checkpoint_is_told(utu, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_what_is_no_model_is_told(utu, tmp_path):
+def test_converting_a_folder_without_a_model_raises_user_error(utu, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"model\.safetensors not found|config\.json is missing"):
         hf_to_orbax(["--model", str(tmp_path / "empty"), "--output", str(tmp_path / "orbax")])
@@ -612,14 +621,14 @@ def test_what_is_no_model_is_told(utu, tmp_path):
     assert not (tmp_path / "orbax").exists()
 
 
-def test_a_checkpoint_is_not_converted_again(utu, tmp_path):
+def test_converting_a_checkpoint_raises_user_error(utu, tmp_path):
     """It would lose its prompts."""
-    with pytest.raises(UserError, match="is an Orbax checkpoint already"):
+    with pytest.raises(UserError, match="is already an Orbax checkpoint"):
         hf_to_orbax(["--model", str(utu.checkpoint), "--output", str(tmp_path / "orbax")])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_cannot_be_made_is_told(utu, tmp_path):
+def test_invalid_output_path_raises_user_error(utu, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "folder", tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match=r"--output .* cannot be created"):
@@ -638,19 +647,19 @@ def test_an_output_that_cannot_be_made_is_told(utu, tmp_path):
         ("xlm-roberta", {"pooling": "last_token", "normalize": False}),
     ],
 )
-def test_an_exported_folder_is_a_model_that_encodes_alike(kind, settings, convert, tmp_path):
-    """Pooling, normalisation and projection go with the folder, into a checkpoint and into another run."""
+def test_exports_can_be_converted_and_opened_with_the_same_settings(kind, settings, convert, tmp_path):
+    """Pooling, normalization and projection are kept."""
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
     settings = ModelSettings(path=str(convert(kind).model), **settings)
     model = open_model(settings, PromptSettings(query="", end="</s>"), mesh, 600)
     write_export(tmp_path / "export", params := model.load(7), {}, model.blueprint, stock=True)
     hf_to_orbax(["--model", str(tmp_path / "export"), "--output", str(tmp_path / "orbax")])
     for path in (tmp_path / "export", tmp_path / "orbax"):
-        again = open_model(settings.model_copy(update={"path": str(path)}), PromptSettings(), mesh, 600)
-        stored = again.folder.stored
+        reopened = open_model(settings.model_copy(update={"path": str(path)}), PromptSettings(), mesh, 600)
+        stored = reopened.folder.stored_settings
         assert stored.items() >= settings.model_dump(include={"pooling", "normalize", "projection_dim"}).items()
-        for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(again.load(8)), strict=True):
-            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+        for expected, actual in zip(jax.tree.leaves(params), jax.tree.leaves(reopened.load(8)), strict=True):
+            assert np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
     checkpoint = open_checkpoint(tmp_path / "orbax").blueprint
     assert checkpoint.encoding == model.blueprint.encoding
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "again")])

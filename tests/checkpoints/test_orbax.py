@@ -1,4 +1,4 @@
-"""What a checkpoint holds and how it lies on disk; what is said of one that cannot be read."""
+"""Tests of Orbax checkpoints: their layout on disk, memory use, and errors for damaged ones."""
 
 import shutil
 import weakref
@@ -20,7 +20,7 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.sharding import make_mesh
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
-from scripts.make_random_checkpoint import make
+from scripts.make_random_checkpoint import write_random_checkpoint
 
 WIDE = {
     "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 4096,
@@ -34,14 +34,14 @@ def bytes_read() -> int:
 
 
 def open_array(item: Path, name: str) -> tensorstore.TensorStore:
-    """An array as it lies on disk."""
+    """Opens an array on disk."""
     store = {"driver": "ocdbt", "base": f"file://{item}", "path": f"{name}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}).result()
 
 
-def test_one_device_of_a_mesh_reads_little_more_than_its_own_part(tmp_path):
+def test_device_reads_little_more_than_its_own_shard(tmp_path):
     prime = {"vocab_size": 4093, "num_hidden_layers": 8}
-    make("youtu_embedding", tmp_path / "model", **WIDE | prime)
+    write_random_checkpoint("youtu_embedding", tmp_path / "model", **WIDE | prime)
     hf_to_orbax(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "orbax")])
     for name, shape in {"layers.up": (8, 1024, 2048), "embedding": (4093, 1024)}.items():
         array = open_array(tmp_path / "orbax" / "params", name)
@@ -52,47 +52,49 @@ def test_one_device_of_a_mesh_reads_little_more_than_its_own_part(tmp_path):
         assert 0.1 < eighth / (4 * np.prod(shape)) < 0.14, name
 
 
-def test_a_conversion_holds_few_weights_at_a_time(tmp_path, monkeypatch):
+def test_conversion_keeps_few_weights_in_memory(tmp_path, monkeypatch):
     alive: list[weakref.ref] = []
-    most = 0
+    peak = 0
     original = LazyArray.__array__
 
     def read(self: LazyArray, *arguments, **options) -> np.ndarray:
-        nonlocal most
+        nonlocal peak
         value = original(self, *arguments, **options)
         alive.append(weakref.ref(value))
-        most = max(most, sum(array.nbytes for ref in alive if (array := ref()) is not None))
+        peak = max(peak, sum(array.nbytes for ref in alive if (array := ref()) is not None))
         return value
 
     monkeypatch.setattr(LazyArray, "__array__", read)
-    make("youtu_embedding", tmp_path / "model", **WIDE | {"num_hidden_layers": 6})
+    write_random_checkpoint("youtu_embedding", tmp_path / "model", **WIDE | {"num_hidden_layers": 6})
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
-    largest = 6 * 1024 * 2048 * 4  # the layers' MLP
-    most = 0
+    largest = 6 * 1024 * 2048 * 4  # an MLP weight, stacked over layers
+    peak = 0
     hf_to_orbax(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "orbax")])
-    assert largest <= most <= 2 * largest < 0.3 * size
-    most = 0
+    assert largest <= peak <= 2 * largest < 0.3 * size
+    peak = 0
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export")])
-    assert largest <= most <= 2.5 * largest < 0.4 * size  # the embeddings wait in the export's file
+    assert largest <= peak <= 2.5 * largest < 0.4 * size  # the embeddings are buffered until their shard is written
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    make("bge_large_zh", folder / "model", **WIDE | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 2000})
+    write_random_checkpoint(
+        "bge_large_zh", folder / "model", **WIDE | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 2000}
+    )
     hf_to_orbax(["--model", str(folder / "model"), "--output", str(folder / "orbax")])
     return folder
 
 
 @pytest.mark.parametrize("part", ["params", "blueprint"])
-def test_a_damaged_checkpoint_is_told(part, tiny, tmp_path):
+def test_truncated_checkpoint_raises_user_error(part, tiny, tmp_path):
     folder = tmp_path / "orbax"
     shutil.copytree(tiny / "orbax", folder)
     for path in (folder / part).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=f"{folder}.*: the checkpoint cannot be read"):
-        open_settings(folder).load()
+        open_with_defaults(folder).load()
     with pytest.raises(UserError, match=f"{folder}.*: the checkpoint cannot be read"):
         export(folder, tmp_path / "export")
     assert not list(tmp_path.glob("*export*"))
@@ -102,13 +104,13 @@ def export(checkpoint: Path, output: Path) -> None:
     orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(output)])
 
 
-def open_settings(folder: Path, mesh: MeshSettings | None = None) -> PretrainedModel:
+def open_with_defaults(folder: Path, mesh: MeshSettings | None = None) -> PretrainedModel:
     return open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(mesh or MeshSettings()))
 
 
 @pytest.fixture(scope="module")
 def with_pooler(tiny, tmp_path_factory):
-    """A model with a weight that an encoder does not use, and its checkpoint."""
+    """A model with a passthrough weight, and its checkpoint."""
     folder = tmp_path_factory.mktemp("with_pooler")
     shutil.copytree(tiny / "model", folder / "model")
     path = folder / "model" / "model.safetensors"
@@ -117,8 +119,8 @@ def with_pooler(tiny, tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_that_lacks_a_weight_of_the_model_is_told(with_pooler, tmp_path):
-    model = open_settings(with_pooler / "model")
+def test_checkpoint_with_a_missing_weight_raises_user_error(with_pooler, tmp_path):
+    model = open_with_defaults(with_pooler / "model")
     save_model(tmp_path / "orbax", model.stream(), {}, model.blueprint)
     with pytest.raises(UserError, match=r"the checkpoint is inconsistent:\n  pooler\.dense\.weight: missing"):
         export(tmp_path / "orbax", tmp_path / "export")
@@ -130,72 +132,73 @@ def test_a_checkpoint_that_lacks_a_weight_of_the_model_is_told(with_pooler, tmp_
 
 
 @pytest.mark.parametrize(
-    ("item", "name", "place"),
+    ("item", "name", "index"),
     [
         ("params", "embedding", (1999, 63)),
         ("params", "norm_bias", (5,)),
         ("passthrough", "pooler.dense.weight", (0, 0)),
     ],
 )
-def test_a_single_changed_value_is_told(item, name, place, with_pooler, tmp_path):
+def test_changed_value_raises_user_error(item, name, index, with_pooler, tmp_path):
     folder = tmp_path / "orbax"
     shutil.copytree(with_pooler / "orbax", folder)
     array = open_array(folder / item, name)
-    array[place] = np.nextafter(array[place].read().result(), np.float32(9))
+    array[index] = np.nextafter(array[index].read().result(), np.float32(9))
     message = f"{folder}: the checkpoint is damaged: {item}: {name} does not match its checksum"
     if item == "params":
         with pytest.raises(UserError, match=message):
-            open_settings(folder, MeshSettings(fsdp=4, tensor=2)).load()
+            open_with_defaults(folder, MeshSettings(fsdp=4, tensor=2)).load()
     with pytest.raises(UserError, match=message):
         export(folder, tmp_path / "export")
     assert not list(tmp_path.glob("*export*"))
 
 
-def write_manifest(folder: Path, change: Callable[[dict], Any]) -> None:
+def change_manifest(folder: Path, change: Callable[[dict], Any]) -> None:
+    """Rewrites the manifest without updating its digest."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         manifest = change(checkpointer.restore(folder / "blueprint"))
         checkpointer.save(folder / "blueprint", args=ocp.args.JsonSave(manifest), force=True)
 
 
-def test_a_changed_blueprint_is_told(tiny, tmp_path):
+def test_changed_blueprint_raises_user_error(tiny, tmp_path):
     folder = tmp_path / "orbax"
     shutil.copytree(tiny / "orbax", folder)
-    write_manifest(folder, lambda manifest: manifest)
+    change_manifest(folder, lambda manifest: manifest)
     assert OrbaxCheckpoint(folder).max_tokens == 512
-    write_manifest(folder, lambda manifest: manifest | {"blueprint": manifest["blueprint"] | {"max_tokens": 511}})
+    change_manifest(folder, lambda manifest: manifest | {"blueprint": manifest["blueprint"] | {"max_tokens": 511}})
     with pytest.raises(UserError, match=f"{folder}: the checkpoint is damaged: the blueprint does not match its check"):
         OrbaxCheckpoint(folder)
 
 
 @pytest.mark.parametrize("part", ["params", "blueprint", "_CHECKPOINT_METADATA"])
-def test_what_lacks_a_part_is_no_checkpoint(part, tiny, tmp_path):
+def test_incomplete_checkpoint_raises_user_error(part, tiny, tmp_path):
     folder = tmp_path / "orbax"
     shutil.copytree(tiny / "orbax", folder)
     path = folder / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(UserError, match=rf"{folder} is not a checkpoint \(without {part}\)"):
+    with pytest.raises(UserError, match=rf"{folder} is not a checkpoint \({part} missing\)"):
         export(folder, tmp_path / "export")
     with pytest.raises(UserError, match=f"{folder}: config.json is missing"):
-        open_settings(folder)
+        open_with_defaults(folder)
 
 
-class OfAnotherVersion:
+class OldBlueprint:
     def model_dump(self, mode: str) -> dict:
         return {"version": 1, "config": {}, "attention": "causal"}
 
 
-def test_a_checkpoint_of_another_version_is_told(tmp_path):
+def test_checkpoint_of_another_version_raises_user_error(tmp_path):
     weight = LazyArray((2,), np.float32, lambda: np.ones(2, np.float32))
-    save_model(tmp_path / "orbax", {"norm": weight}, {}, OfAnotherVersion())
+    save_model(tmp_path / "orbax", {"norm": weight}, {}, OldBlueprint())
     with pytest.raises(UserError, match=f"{tmp_path}/orbax: was written by another version of codiemb_jax"):
         OrbaxCheckpoint(tmp_path / "orbax")
-    write_manifest(tmp_path / "orbax", lambda manifest: {"config": {}, "attention": "causal"})  # no manifest at all
+    change_manifest(tmp_path / "orbax", lambda manifest: {"config": {}, "attention": "causal"})  # not a manifest
     with pytest.raises(UserError, match=f"{tmp_path}/orbax: was written by another version of codiemb_jax"):
         OrbaxCheckpoint(tmp_path / "orbax")
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tiny, tmp_path):
-    model = open_settings(tiny / "model")
+def test_failed_save_leaves_no_files(tiny, tmp_path):
+    model = open_with_defaults(tiny / "model")
 
     def fail() -> np.ndarray:
         raise UserError("unreadable")

@@ -1,4 +1,4 @@
-"""Weights in and out, bit by bit, and what is said of those that do not fit."""
+"""Tests of reading and writing decoder weights, and of the errors for mismatched ones."""
 
 import json
 import math
@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from codiemb_jax.checkpoints.families import family_of
+from codiemb_jax.checkpoints.families import get_family
 from codiemb_jax.checkpoints.model import PretrainedModel, open_model
-from codiemb_jax.checkpoints.safetensors import WeightFiles, as_stored, read_weights, write_weights
+from codiemb_jax.checkpoints.safetensors import WeightFiles, read_weights, round_to_stored_dtypes, write_weights
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import abstract_model
@@ -38,8 +38,8 @@ FAMILIES = ("utu", "qwen3", "llama", "minicpm", "granite")
 Weights = dict[str, np.ndarray]
 
 
-def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a base model's weights, written out from the format's description."""
+def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of a base model's weights, according to the format."""
     width, mlp, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config["vocab_size"], width), "norm.weight": (width,)}
@@ -62,9 +62,9 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(config: dict[str, Any], dtypes: tuple[str, ...], prefix: str = "", head: bool = False) -> Weights:
-    """Weights of any finite bits: tiny, subnormal, huge, -0; their types in turn."""
+    """Returns weights with random finite bits (subnormal, huge, -0), cycling through `dtypes`."""
     random = np.random.default_rng(0)
-    shapes = {prefix + name: shape for name, shape in shapes_of(config).items()}
+    shapes = {prefix + name: shape for name, shape in weight_shapes(config).items()}
     if head:
         shapes["lm_head.weight"] = (config["vocab_size"], config["hidden_size"])
     weights = {}
@@ -77,7 +77,7 @@ def random_weights(config: dict[str, Any], dtypes: tuple[str, ...], prefix: str 
     return weights
 
 
-def save(folder: Path, config: dict[str, Any], weights: Weights, shards: int = 1) -> None:
+def save_folder(folder: Path, config: dict[str, Any], weights: Weights, shards: int = 1) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
@@ -85,13 +85,13 @@ def save(folder: Path, config: dict[str, Any], weights: Weights, shards: int = 1
         return
     names = sorted(weights)
     random = np.random.default_rng(1)
-    random.shuffle(names)  # a layer's weights may lie in several files
+    random.shuffle(names)  # weights of a layer may be in different files
     weight_map = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        own = names[i::shards]
-        save_file({name: weights[name] for name in own}, folder / file)
-        weight_map |= dict.fromkeys(own, file)
+        shard = names[i::shards]
+        save_file({name: weights[name] for name in shard}, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
@@ -102,7 +102,7 @@ def open_folder(
     return open_model(model, PromptSettings(), make_mesh(mesh or MeshSettings()), max_tokens)
 
 
-def write_again(model: PretrainedModel, folder: Path, **options: int) -> None:
+def write_back(model: PretrainedModel, folder: Path, **options: int) -> None:
     folder.mkdir()
     blueprint = model.blueprint
     write_weights(
@@ -117,75 +117,75 @@ def write_again(model: PretrainedModel, folder: Path, **options: int) -> None:
 
 
 @pytest.fixture
-def make(tmp_path, tokenizer_files):
-    """Writes a model folder; returns its path and weights."""
+def write_model(tmp_path, tokenizer_files):
+    """Writes a model folder and returns its path."""
 
-    def make(config: dict[str, Any], weights: Weights, shards: int = 1) -> Path:
+    def write_model(config: dict[str, Any], weights: Weights, shards: int = 1) -> Path:
         folder = tmp_path / "model"
-        save(folder, config, weights, shards)
+        save_folder(folder, config, weights, shards)
         tokenizer_files(folder)
         return folder
 
-    return make
+    return write_model
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtypes", [("F32",), ("BF16",), ("F16",), MIXED])
 @pytest.mark.parametrize(("prefix", "head"), [("", False), ("model.", False), ("model.", True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_comes_in_goes_out_bit_by_bit(family, prefix, head, dtypes, shards, make, tmp_path):
+def test_weights_round_trip_bitwise(family, prefix, head, dtypes, shards, write_model, tmp_path):
     config = CONFIG | {"model_type": family}
     weights = random_weights(config, dtypes, prefix, head)
-    model = open_folder(make(config, weights, shards))
+    model = open_folder(write_model(config, weights, shards))
     assert model.blueprint.prefix == prefix
-    write_again(model, tmp_path / "out")
+    write_back(model, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert_bitwise(load_weights(tmp_path / "out"), weights)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_weights_are_where_they_belong(family, make):
-    """Layer by layer and transposed: a round trip alone would not see two weights exchanged."""
+def test_weights_map_to_the_right_parameters(family, write_model):
+    """A round trip alone would not detect two swapped weights."""
     config = CONFIG | {"model_type": family}
     weights = random_weights(config, ("F32",))
-    params = open_folder(make(config, weights)).load()
-    ours = {
+    params = open_folder(write_model(config, weights)).load()
+    layer_names = {
         "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj",
         "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
         "up": "mlp.up_proj", "down": "mlp.down_proj",
     }  # fmt: skip
     if family in ("utu", "qwen3"):
-        ours |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-    assert params["layers"].keys() == ours.keys()
-    for name, theirs in ours.items():
+        layer_names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    assert params["layers"].keys() == layer_names.keys()
+    for path, name in layer_names.items():
         for layer in range(3):
-            np.testing.assert_array_equal(params["layers"][name][layer], weights[f"layers.{layer}.{theirs}.weight"].T)
+            np.testing.assert_array_equal(params["layers"][path][layer], weights[f"layers.{layer}.{name}.weight"].T)
     np.testing.assert_array_equal(params["embedding"], weights["embed_tokens.weight"])
     np.testing.assert_array_equal(params["norm"], weights["norm.weight"])
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_files_that_transformers_writes(family, dtype, tmp_path, tokenizer_files):
+def test_files_written_by_transformers_round_trip(family, dtype, tmp_path, tokenizer_files):
     torch.manual_seed(0)
     sizes = {name: value for name, value in CONFIG.items() if name != "rope_theta"}
-    kinds = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config, kind = kinds[family]
-    model = kind(config(**sizes, tie_word_embeddings=False)).to(dtype)
+    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    config, causal_lm = classes[family]
+    model = causal_lm(config(**sizes, tie_word_embeddings=False)).to(dtype)
     model.save_pretrained(tmp_path / "model", max_shard_size="4KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     tokenizer_files(tmp_path / "model")
-    write_again(open_folder(tmp_path / "model"), tmp_path / "out")
+    write_back(open_folder(tmp_path / "model"), tmp_path / "out")
     expected = load_weights(tmp_path / "model")
     assert "lm_head.weight" in expected and "model.norm.weight" in expected
     assert_bitwise(load_weights(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 700, 2500, 10**6])
-def test_written_shards_have_a_whole_index_and_keep_the_limit(shard_bytes, make, tmp_path):
+def test_written_shards_have_a_complete_index_and_respect_the_size_limit(shard_bytes, write_model, tmp_path):
     config = CONFIG | {"model_type": "qwen3"}
     weights = random_weights(config, MIXED, "model.", head=True)
-    write_again(open_folder(make(config, weights)), tmp_path / "out", shard_bytes=shard_bytes)
+    write_back(open_folder(write_model(config, weights)), tmp_path / "out", shard_bytes=shard_bytes)
     out = tmp_path / "out"
     assert_bitwise(load_weights(out), weights)
     files = sorted(path.name for path in out.glob("*.safetensors"))
@@ -201,10 +201,10 @@ def test_written_shards_have_a_whole_index_and_keep_the_limit(shard_bytes, make,
     for shard in shards.values():
         assert sum(weight.nbytes for weight in shard.values()) <= shard_bytes or len(shard) == 1
     assert len(files) == len(weights) if shard_bytes == 1 else 1 < len(files) < len(weights)
-    # What was written in shards is read again.
+    # The shards can be read.
     (out / "config.json").write_text(json.dumps(config))
     (out / "tokenizer.json").write_text((tmp_path / "model" / "tokenizer.json").read_text())
-    write_again(open_folder(out), tmp_path / "again")
+    write_back(open_folder(out), tmp_path / "again")
     assert_bitwise(load_weights(tmp_path / "again"), weights)
 
 
@@ -232,45 +232,45 @@ def tiny_configs(draw: st.DrawFn) -> dict[str, Any]:
     st.integers(1, 4),
     st.integers(1, 5000),
 )
-def test_round_trip_of_any_tiny_config(config, dtypes, prefix, shards, shard_bytes):
+def test_any_tiny_config_round_trips(config, dtypes, prefix, shards, shard_bytes):
     weights = random_weights(config, tuple(dtypes), prefix)
-    family = family_of(config)
+    family = get_family(config)
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
     _, abstract = abstract_model(family.model, family.read_config(config), ModelSettings(path="-"), mesh)
     with tempfile.TemporaryDirectory() as name:
-        came, went = Path(name) / "came", Path(name) / "went"
-        save(came, config, weights, shards)
-        went.mkdir()
-        files = WeightFiles(came)
+        original, exported = Path(name) / "original", Path(name) / "exported"
+        save_folder(original, config, weights, shards)
+        exported.mkdir()
+        files = WeightFiles(original)
         params = read_weights(files, family.weights, prefix, abstract)
-        write_weights(went, params, {}, family.weights, prefix, files.dtypes, shard_bytes)
-        assert_bitwise(load_weights(went), weights)
+        write_weights(exported, params, {}, family.weights, prefix, files.dtypes, shard_bytes)
+        assert_bitwise(load_weights(exported), weights)
 
 
-def test_a_sharded_mesh_reads_the_same_values(make, tmp_path):
+def test_sharded_mesh_reads_the_same_values(write_model, tmp_path):
     config = CONFIG | {"model_type": "utu"}
     weights = random_weights(config, MIXED)
-    folder = make(config, weights, shards=2)
-    alone = open_folder(folder).load()
+    folder = write_model(config, weights, shards=2)
+    unsharded = open_folder(folder).load()
     model = open_folder(folder, MeshSettings(fsdp=4, tensor=2))
-    spread = model.load()
-    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
-        assert one.dtype == other.dtype == np.float32
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-    sizes = {name: leaf.addressable_shards[0].data.shape for name, leaf in spread["layers"].items()}
+    sharded = model.load()
+    for expected, actual in zip(jax.tree.leaves(unsharded), jax.tree.leaves(sharded), strict=True):
+        assert expected.dtype == actual.dtype == np.float32
+        assert np.asarray(expected).tobytes() == np.asarray(actual).tobytes()
+    sizes = {name: leaf.addressable_shards[0].data.shape for name, leaf in sharded["layers"].items()}
     assert sizes["q"] == (3, 4, 16)  # embed / 4, heads / 2
     assert sizes["o"] == (3, 16, 4)
     assert sizes["down"] == (3, 12, 4)
     assert sizes["q_norm"] == (3, 8)
-    assert spread["embedding"].addressable_shards[0].data.shape == (300, 4)
-    write_again(model, tmp_path / "out")
+    assert sharded["embedding"].addressable_shards[0].data.shape == (300, 4)
+    write_back(model, tmp_path / "out")
     assert_bitwise(load_weights(tmp_path / "out"), weights)
 
 
-def test_a_device_reads_only_its_own_part(make, monkeypatch):
+def test_device_reads_only_its_own_shards(write_model, monkeypatch):
     config = CONFIG | {"model_type": "utu"}
     weights = random_weights(config, ("F32",))
-    folder = make(config, weights)
+    folder = write_model(config, weights)
     model = open_folder(folder, MeshSettings(fsdp=4, tensor=2))
     largest: dict[str, int] = {}
     original = WeightFiles.read
@@ -287,40 +287,40 @@ def test_a_device_reads_only_its_own_part(make, monkeypatch):
     assert largest["embed_tokens.weight"] == 300 * 16 // 4
 
 
-def test_weights_as_stored_are_those_of_the_files(make, tmp_path):
-    """Layers of one stacked weight may have come in different types."""
+def test_round_to_stored_dtypes_matches_written_files(write_model, tmp_path):
+    """Layers of a stacked weight may have different dtypes."""
     config = CONFIG | {"model_type": "llama"}
-    model = open_folder(make(config, random_weights(config, MIXED)))
+    model = open_folder(write_model(config, random_weights(config, MIXED)))
     random = np.random.default_rng(3)
     params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), model.abstract)
     table, dtypes = model.family.weights, model.blueprint.dtypes
-    stored = as_stored(params, table, "", dtypes)
-    for name, tree in {"rounded": stored, "plain": params}.items():
+    rounded = round_to_stored_dtypes(params, table, "", dtypes)
+    for name, tree in {"rounded": rounded, "original": params}.items():
         (tmp_path / name).mkdir()
         write_weights(tmp_path / name, tree, {}, table, "", dtypes)
-    assert_bitwise(load_weights(tmp_path / "rounded"), load_weights(tmp_path / "plain"))
-    q = load_weights(tmp_path / "plain")
+    assert_bitwise(load_weights(tmp_path / "rounded"), load_weights(tmp_path / "original"))
+    written = load_weights(tmp_path / "original")
     for layer in range(3):
-        expected = q[f"layers.{layer}.self_attn.q_proj.weight"].T.astype(np.float32)
-        np.testing.assert_array_equal(stored["layers"]["q"][layer].astype(np.float32), expected)
+        expected = written[f"layers.{layer}.self_attn.q_proj.weight"].T.astype(np.float32)
+        np.testing.assert_array_equal(rounded["layers"]["q"][layer].astype(np.float32), expected)
 
 
-def test_bfloat16_master_weights_are_the_rounded_ones(make):
+def test_bfloat16_parameters_are_rounded(write_model):
     config = CONFIG | {"model_type": "llama"}
     weights = random_weights(config, ("F32",))
-    params = open_folder(make(config, weights), param_dtype="bfloat16").load()
+    params = open_folder(write_model(config, weights), param_dtype="bfloat16").load()
     expected = weights["embed_tokens.weight"].astype(ml_dtypes.bfloat16)
     assert np.asarray(params["embedding"]).tobytes() == expected.tobytes()
 
 
-def refusal(folder: Path, **settings: Any) -> str:
-    with pytest.raises(UserError) as caught:
+def error_message(folder: Path, **settings: Any) -> str:
+    with pytest.raises(UserError) as error:
         open_folder(folder, **settings)
-    return str(caught.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_all_that_does_not_fit_is_listed_at_once(prefix, make):
+def test_all_mismatches_are_listed_at_once(prefix, write_model):
     config = CONFIG | {"model_type": "qwen3"}
     weights = random_weights(config, ("F32",), prefix)
     for name in ("norm.weight", "layers.1.self_attn.k_norm.weight"):
@@ -330,31 +330,31 @@ def test_all_that_does_not_fit_is_listed_at_once(prefix, make):
     weights[prefix + "layers.2.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
     weights[prefix + "layers.2.mlp.up_proj.weight"] = np.zeros((24, 16), np.int32)
     weights |= {f"{prefix}layers.3.extra{i}": np.zeros(i, np.float32) for i in range(30)}
-    folder = make(config, weights)
-    head, *problems = refusal(folder).splitlines()
-    assert head == f"{folder}: weights do not fit config.json:"
+    folder = write_model(config, weights)
+    head, *problems = error_message(folder).splitlines()
+    assert head == f"{folder}: weights do not match config.json:"
     assert sorted(problems) == sorted(
         [
             f"  missing: {prefix}norm.weight [16]",
             f"  missing: {prefix}layers.1.self_attn.k_norm.weight [8]",
-            f"  shape: {prefix}layers.0.mlp.down_proj.weight is [24, 16], config.json makes it [16, 24]",
-            f"  shape: {prefix}embed_tokens.weight is [301, 16], config.json makes it [300, 16]",
-            f"  type: {prefix}layers.2.mlp.up_proj.weight is I32, supported are F32, F16, BF16",
-            f"  left over: {prefix}layers.2.self_attn.q_proj.bias [32]",
-            *[f"  left over: {prefix}layers.3.extra{i} [{i}]" for i in range(30)],
+            f"  shape: {prefix}layers.0.mlp.down_proj.weight is [24, 16], expected [16, 24] from config.json",
+            f"  shape: {prefix}embed_tokens.weight is [301, 16], expected [300, 16] from config.json",
+            f"  dtype: {prefix}layers.2.mlp.up_proj.weight is I32, supported are F32, F16, BF16",
+            f"  unexpected: {prefix}layers.2.self_attn.q_proj.bias [32]",
+            *[f"  unexpected: {prefix}layers.3.extra{i} [{i}]" for i in range(30)],
         ]
     )
 
 
-def test_a_head_is_carried_along_and_a_second_embedding_is_not(make):
+def test_head_is_passed_through_and_second_embedding_raises_user_error(write_model):
     config = CONFIG | {"model_type": "llama"}
     weights = random_weights(config, ("BF16",), "model.", head=True)
-    model = open_folder(make(config, weights))
+    model = open_folder(write_model(config, weights))
     (name,) = model.stream_passthrough()
     assert name == "lm_head.weight"
     assert np.asarray(model.stream_passthrough()[name]).tobytes() == weights[name].tobytes()
     weights["embed_tokens.weight"] = weights["model.embed_tokens.weight"]
-    assert "left over: embed_tokens.weight" in refusal(make(config, weights))
+    assert "unexpected: embed_tokens.weight" in error_message(write_model(config, weights))
 
 
 def change_index(folder: Path, **weight_map: str) -> None:
@@ -364,74 +364,74 @@ def change_index(folder: Path, **weight_map: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors"])
-def test_an_index_does_not_reach_out_of_its_folder(name, make, tmp_path):
+def test_index_outside_of_folder_raises_user_error(name, write_model, tmp_path):
     config = CONFIG | {"model_type": "llama"}
     weights = random_weights(config, ("F32",))
-    folder = make(config, weights, shards=2)
+    folder = write_model(config, weights, shards=2)
     save_file(weights, tmp_path / "x.safetensors")
     change_index(folder, **{"norm.weight": name})
-    message = refusal(folder)
+    message = error_message(folder)
     assert message.startswith(f"{folder / 'model.safetensors.index.json'}: weight_map: {name!r} is not the name of")
 
 
-def test_an_index_that_is_none(make):
-    folder = make(CONFIG | {"model_type": "llama"}, random_weights(CONFIG | {"model_type": "llama"}, ("F32",)))
+def test_invalid_index_raises_user_error(write_model):
+    folder = write_model(CONFIG | {"model_type": "llama"}, random_weights(CONFIG | {"model_type": "llama"}, ("F32",)))
     for text in ("{", "[" * 100_000, "[]", '{"weight_map": []}', "{}", '{"weight_map": {"norm.weight": 3}}'):
         (folder / "model.safetensors.index.json").write_text(text)
-        assert "model.safetensors.index.json: " in refusal(folder)
+        assert "model.safetensors.index.json: " in error_message(folder)
 
 
-def test_a_missing_shard_is_named(make):
+def test_missing_shard_raises_user_error(write_model):
     config = CONFIG | {"model_type": "llama"}
-    folder = make(config, random_weights(config, ("F32",)), shards=3)
+    folder = write_model(config, random_weights(config, ("F32",)), shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    assert "model-00002-of-00003.safetensors not found; weights must be safetensors" in refusal(folder)
+    assert "model-00002-of-00003.safetensors not found; weights must be safetensors" in error_message(folder)
 
 
-def test_an_overlong_name_of_a_shard_is_one_that_is_missing(make):
+def test_overlong_shard_name_raises_user_error(write_model):
     config = CONFIG | {"model_type": "llama"}
-    folder = make(config, random_weights(config, ("F32",)), shards=2)
+    folder = write_model(config, random_weights(config, ("F32",)), shards=2)
     change_index(folder, **{"norm.weight": "x" * 300})
-    assert f"{'x' * 300} not found" in refusal(folder)
+    assert f"{'x' * 300} not found" in error_message(folder)
 
 
-def test_a_weight_in_two_shards_or_in_none_is_told(make):
+def test_weight_in_two_shards_or_none_raises_user_error(write_model):
     config = CONFIG | {"model_type": "llama"}
-    folder = make(config, random_weights(config, ("F32",)), shards=2)
+    folder = write_model(config, random_weights(config, ("F32",)), shards=2)
     change_index(folder, **{"lm_head.weight": "model-00001-of-00002.safetensors"})
-    assert "weight_map: no file holds lm_head.weight" in refusal(folder)
+    assert "weight_map: no file contains lm_head.weight" in error_message(folder)
     first, second = sorted(folder.glob("model-*.safetensors"))
     weights = load_file(first)
     save_file(weights | load_file(second), second)
-    assert f"{second}: " in refusal(folder)
-    assert "is also in model-00001-of-00002.safetensors; remove one of them" in refusal(folder)
+    assert f"{second}: " in error_message(folder)
+    assert "is also in model-00001-of-00002.safetensors; remove one of them" in error_message(folder)
 
 
-def test_an_untrained_weight_of_a_type_that_cannot_be_carried_is_told(make):
+def test_passthrough_weight_with_unsupported_dtype_raises_user_error(write_model):
     config = CONFIG | {"model_type": "llama"}
-    folder = make(config, {})
+    folder = write_model(config, {})
     weights = {name: torch.from_numpy(weight) for name, weight in random_weights(config, ("F32",)).items()}
     head = torch.zeros((300, 16), dtype=torch.float8_e4m3fn)
     save_torch_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
-    assert "type: lm_head.weight is F8_E4M3, supported are BF16, F16, F32, F64, I8" in refusal(folder)
+    assert "dtype: lm_head.weight is F8_E4M3, supported are BF16, F16, F32, F64, I8" in error_message(folder)
 
 
-def test_a_pickle_is_not_read(make):
+def test_pickled_weights_raise_user_error(write_model):
     config = CONFIG | {"model_type": "llama"}
-    folder = make(config, random_weights(config, ("F32",)))
+    folder = write_model(config, random_weights(config, ("F32",)))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    message = refusal(folder)
+    message = error_message(folder)
     assert "model.safetensors not found" in message
     assert "pytorch_model.bin is not read" in message
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
-def test_a_truncated_file_is_named(keep, make):
+def test_truncated_file_raises_user_error(keep, write_model):
     config = CONFIG | {"model_type": "llama"}
-    folder = make(config, random_weights(config, ("F32",)))
+    folder = write_model(config, random_weights(config, ("F32",)))
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert refusal(folder).startswith(f"{path}: not a readable safetensors file: ")
+    assert error_message(folder).startswith(f"{path}: invalid safetensors file: ")
 
 
 UNSUPPORTED = {
@@ -447,7 +447,7 @@ UNSUPPORTED = {
         "rope_type 'longrope' is not supported",
         ("default", "linear", "llama3"),
     ),
-    "old spelling": (
+    "old RoPE key": (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         "rope_type 'dynamic' is not supported",
         ("default", "linear", "llama3"),
@@ -455,62 +455,62 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("what", UNSUPPORTED)
-def test_what_is_not_supported_is_told_with_what_is(what, make):
-    change, message, supported = UNSUPPORTED[what]
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_config_names_supported_values(case, write_model):
+    override, message, supported = UNSUPPORTED[case]
     config = CONFIG | {"model_type": "qwen3"}
-    folder = make(config | change, random_weights(config, ("F32",)))
-    found = refusal(folder)
-    assert message in found
+    folder = write_model(config | override, random_weights(config, ("F32",)))
+    error = error_message(folder)
+    assert message in error
     for name in supported:
-        assert name in found.split("not supported")[1]
+        assert name in error.split("not supported")[1]
 
 
-UNUSABLE = {
-    "Granite's attention": (
+INVALID = {
+    "attention_multiplier": (
         {"model_type": "granite", "attention_multiplier": 0.5},
         ("attention_multiplier 0.5 is not supported", "head_dim ** -0.5"),
     ),
-    "MiniCPM's scale": ({"model_type": "minicpm", "scale_depth": 0}, ("scale_depth", "greater than 0")),
+    "scale_depth": ({"model_type": "minicpm", "scale_depth": 0}, ("scale_depth", "greater than 0")),
     "activation": ({"hidden_act": "gelu"}, ("hidden_act", "'silu'", "'gelu'")),
     "attention bias": ({"attention_bias": True}, ("attention_bias", "False", "True")),
     "MLP bias": ({"mlp_bias": True}, ("mlp_bias", "False", "True")),
     "sliding window": ({"use_sliding_window": True}, ("use_sliding_window", "False", "True")),
-    "odd heads": ({"num_key_value_heads": 3}, ("num_key_value_heads must divide num_attention_heads",)),
-    "text for a number": ({"hidden_size": "16"}, ("hidden_size", "'16'")),
-    "text for a rate": ({"rms_norm_eps": "1e-6"}, ("rms_norm_eps", "'1e-6'")),
+    "indivisible heads": ({"num_key_value_heads": 3}, ("num_key_value_heads must divide num_attention_heads",)),
+    "string for an integer": ({"hidden_size": "16"}, ("hidden_size", "'16'")),
+    "string for a float": ({"rms_norm_eps": "1e-6"}, ("rms_norm_eps", "'1e-6'")),
     "sliding layers": ({"layer_types": ["sliding_attention"] * 3}, ("layer_types", "'full_attention'")),
     "nested rope": (
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-        ("rope_parameters of their own for full_attention layers",),
+        ("separate rope_parameters for full_attention layers",),
     ),
-    "huge theta": ({"rope_theta": 10**400}, ("rope_theta", "expected a number above 0")),
-    "more heads than width": (
+    "huge theta": ({"rope_theta": 10**400}, ("rope_theta", "expected a positive number")),
+    "more heads than hidden_size": (
         {"num_attention_heads": 64, "head_dim": None, "num_key_value_heads": None},
         ("num_attention_heads must be at most hidden_size",),
     ),
-    "layers without end": ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "1000")),
-    "no width": ({"hidden_size": None}, ("hidden_size", "None")),
+    "too many layers": ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "1000")),
+    "no hidden_size": ({"hidden_size": None}, ("hidden_size", "None")),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, ("linear", "factor")),
 }
 
 
-@pytest.mark.parametrize("what", UNUSABLE)
-def test_an_unusable_value_is_told_with_what_would_do(what, make):
-    change, parts = UNUSABLE[what]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_config_raises_user_error(case, write_model):
+    override, parts = INVALID[case]
     config = CONFIG | {"model_type": "qwen3"}
-    found = refusal(make(config | change, random_weights(config, ("F32",))))
-    assert "config.json" in found
+    error = error_message(write_model(config | override, random_weights(config, ("F32",))))
+    assert "config.json" in error
     for part in parts:
-        assert part in found
+        assert part in error
 
 
-def test_several_problems_of_a_config_at_once(make):
+def test_all_config_problems_are_listed_at_once(write_model):
     config = CONFIG | {"model_type": "qwen3"}
     weights = random_weights(config, ("F32",))
-    spoilt = {name: value for name, value in config.items() if name not in ("hidden_size", "rms_norm_eps")}
-    found = refusal(make(spoilt | {"hidden_act": "relu", "mlp_bias": True}, weights))
-    _, *problems = found.splitlines()
+    incomplete = {name: value for name, value in config.items() if name not in ("hidden_size", "rms_norm_eps")}
+    error = error_message(write_model(incomplete | {"hidden_act": "relu", "mlp_bias": True}, weights))
+    _, *problems = error.splitlines()
     assert sorted(problem.split()[0] for problem in problems) == [
         "hidden_act:",
         "hidden_size:",
@@ -519,31 +519,31 @@ def test_several_problems_of_a_config_at_once(make):
     ]
 
 
-def test_more_tokens_than_positions(make):
+def test_max_tokens_above_number_of_positions_raises_user_error(write_model):
     config = CONFIG | {"model_type": "utu"}
-    folder = make(config, random_weights(config, ("F32",)))
+    folder = write_model(config, random_weights(config, ("F32",)))
     settings, prompt, mesh = ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings())
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         open_model(settings, prompt, mesh, 65)
-    message = str(caught.value)
+    message = str(error.value)
     assert "data.query_max_tokens and data.passage_max_tokens may be at most 64" in message
     assert "max_position_embeddings" in message
     assert open_model(settings, prompt, mesh, 64).blueprint.max_tokens == 64
     assert open_model(settings, prompt, mesh).blueprint.max_tokens == 64
 
 
-def test_a_mesh_that_does_not_divide_the_model(make):
+def test_mesh_that_does_not_divide_the_model_raises_user_error(write_model):
     config = CONFIG | {"model_type": "utu", "intermediate_size": 25}
-    folder = make(config, random_weights(config, ("F32",)))
-    with pytest.raises(UserError, match=r"mesh\.tensor 2 does not divide the model's axis 'mlp' of 25"):
+    folder = write_model(config, random_weights(config, ("F32",)))
+    with pytest.raises(UserError, match=r"mesh\.tensor 2 does not divide the size of the model's axis 'mlp', 25"):
         open_folder(folder, MeshSettings(tensor=2))
 
 
-def test_sizes_of_the_written_files_are_those_of_the_types(make, tmp_path):
-    """A checkpoint in bfloat16 does not double in size on its way through float32 masters."""
+def test_bfloat16_weights_keep_their_size(write_model, tmp_path):
+    """A bfloat16 checkpoint loaded as float32 is written in bfloat16 again."""
     config = CONFIG | {"model_type": "utu"}
-    write_again(open_folder(make(config, random_weights(config, ("BF16",)))), tmp_path / "out")
-    parameters = sum(math.prod(shape) for shape in shapes_of(config).values())
+    write_back(open_folder(write_model(config, random_weights(config, ("BF16",)))), tmp_path / "out")
+    parameters = sum(math.prod(shape) for shape in weight_shapes(config).values())
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     header = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little")
     assert size == 8 + header + 2 * parameters

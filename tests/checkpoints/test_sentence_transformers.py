@@ -1,4 +1,4 @@
-"""sentence-transformers' modules in a model folder: what is read of them, and what is refused."""
+"""Tests of reading the sentence-transformers files of a model folder."""
 
 import json
 import re
@@ -18,19 +18,19 @@ from codiemb_jax.sharding import make_mesh
 from codiemb_jax.text.sentence import SentencePrompts
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
-from scripts.make_random_checkpoint import make
+from scripts.make_random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bert") / "model"
     tiny = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    make("bge_large_zh", folder, **tiny, vocab_size=2000)
+    write_random_checkpoint("bge_large_zh", folder, **tiny, vocab_size=2000)
     return folder
 
 
 def sentence_folder(folder: Path, model: Path, modules: list, **configs: dict) -> Path:
-    """A model folder with modules.json and the configs of the modules."""
+    """Copies a model folder and adds modules.json and the configs of the modules."""
     shutil.copytree(model, folder)
     (folder / "modules.json").write_text(json.dumps(modules))
     for name, config in configs.items():
@@ -57,12 +57,12 @@ TRANSFORMER, POOLING = module("Transformer", ""), module("Pooling", "pooling")
         ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, "max_tokens+mean"),
     ],
 )
-def test_pooling_is_read_in_both_spellings(config, expected, bert, tmp_path):
+def test_pooling_is_read_from_old_and_new_keys(config, expected, bert, tmp_path):
     folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling=config)
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
     model = open_model(ModelSettings(path=str(folder)), PromptSettings(), mesh)
     encoding = {"attention": "bidirectional", "pooling": expected, "normalize": False, "projection_dim": None}
-    assert model.folder.stored == encoding
+    assert model.folder.stored_settings == encoding
     arguments = ["--model", str(folder), "--output", str(tmp_path / "orbax")]
     if "+" in expected:
         with pytest.raises(UserError, match=re.escape(f"found '{expected}'")):
@@ -95,18 +95,26 @@ IDENTITY = {"activation_function": "torch.nn.modules.linear.Identity", "bias": T
             "activation_function 'torch.nn.modules.activation.Tanh' is not supported",
         ),
         ([TRANSFORMER, POOLING, module("Dense", "dense")], IDENTITY | {"bias": False}, "bias False is not supported"),
-        ([TRANSFORMER, POOLING, module("Dense", "dense")], IDENTITY, "out_features None, expected a whole number"),
+        (
+            [TRANSFORMER, POOLING, module("Dense", "dense")],
+            IDENTITY,
+            "out_features: expected a positive integer, found None",
+        ),
         (
             [TRANSFORMER, POOLING, module("Dense", "dense")],
             IDENTITY | {"out_features": 48, "use_residual": True},
-            "use_residual True is not supported, supported is False",
+            "use_residual True is not supported; expected False",
         ),
         (
             [TRANSFORMER, POOLING, module("Dense", "dense")],
             IDENTITY | {"out_features": 48, "module_input_name": "token_embeddings"},
             "module_input_name 'token_embeddings' is not supported",
         ),
-        ([module("Transformer", "0_Transformer"), POOLING], {}, "transformer in '0_Transformer' is not read"),
+        (
+            [module("Transformer", "0_Transformer"), POOLING],
+            {},
+            r"transformer in a subfolder \('0_Transformer'\) is not supported",
+        ),
         (
             [TRANSFORMER, POOLING, module("Dense", "dense")],
             IDENTITY | {"out_features": 20},
@@ -115,7 +123,7 @@ IDENTITY = {"activation_function": "torch.nn.modules.linear.Identity", "bias": T
         ([TRANSFORMER, POOLING, module("Dense", "absent")], {}, "absent/config.json: cannot be read"),
     ],
 )
-def test_modules_that_are_not_computed_are_told(modules, dense, message, bert, tmp_path):
+def test_unsupported_modules_raise_user_error(modules, dense, message, bert, tmp_path):
     configs = {"pooling": {"pooling_mode": "mean"}, "dense": dense}
     folder = sentence_folder(tmp_path / "model", bert, modules, **configs)
     weights = {"linear.weight": np.zeros((20, 48), np.float32), "linear.bias": np.zeros(20, np.float32)}
@@ -124,37 +132,37 @@ def test_modules_that_are_not_computed_are_told(modules, dense, message, bert, t
         open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings()))
 
 
-def test_a_linear_layer_of_another_shape_is_told(bert, tmp_path):
+def test_linear_layer_with_another_shape_raises_user_error(bert, tmp_path):
     modules = [TRANSFORMER, POOLING, module("Dense", "dense")]
     configs = {"pooling": {"pooling_mode": "mean"}, "dense": IDENTITY | {"out_features": 20}}
     folder = sentence_folder(tmp_path / "model", bert, modules, **configs)
     weights = {"linear.weight": np.zeros((20, 47), np.float32), "linear.bias": np.zeros(20, np.float32)}
     save_file(weights, folder / "dense" / "model.safetensors")
     settings = ModelSettings(path=str(folder), projection_dim=20)
-    with pytest.raises(UserError, match=r"dense: weights do not fit[^$]*linear.weight is \[20, 47\]"):
+    with pytest.raises(UserError, match=r"dense: weights do not match[^$]*linear.weight is \[20, 47\]"):
         open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
 
 
 @pytest.mark.parametrize("config", [{}, {"pooling_mode": [["cls"]]}, {"pooling_mode": {"a": 1}}, {"pooling_mode": 3}])
-def test_a_pooling_that_is_none_is_told(config, bert, tmp_path):
+def test_invalid_pooling_raises_user_error(config, bert, tmp_path):
     folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling=config)
-    with pytest.raises(UserError, match=r"pooling/config\.json: names no pooling"):
+    with pytest.raises(UserError, match=r"pooling/config\.json: no valid pooling mode"):
         open_model(ModelSettings(path=str(folder)), PromptSettings(), make_mesh(MeshSettings()))
 
 
-def describe_texts(folder: Path, described: dict, limits: dict) -> None:
-    """Writes what sentence-transformers reads about texts."""
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(described))
+def write_prompts(folder: Path, config: dict, limits: dict) -> None:
+    """Writes the sentence-transformers files with prompts and limits."""
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
     (folder / "sentence_bert_config.json").write_text(json.dumps(limits))
 
 
 @pytest.mark.parametrize("prompts", [{}, {"query": "query: ", "document": "passage: "}])
-def test_a_weighted_mean_is_converted_with_the_prompts_of_its_folder(prompts, bert, tmp_path):
-    """Pooling covers them, so that it can be exported again."""
+def test_weighted_mean_keeps_the_prompts_of_the_folder(prompts, bert, tmp_path):
+    """Its pooling includes the prompts, so it can be exported."""
     config = {"pooling_mode": "weightedmean"}
     folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling=config)
     if prompts:
-        describe_texts(folder, {"prompts": prompts}, {})
+        write_prompts(folder, {"prompts": prompts}, {})
     hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export"), "--verify"])
     written = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())
@@ -163,59 +171,61 @@ def test_a_weighted_mean_is_converted_with_the_prompts_of_its_folder(prompts, be
 
 
 @pytest.mark.parametrize("include_prompt", [False, True])
-def test_prompts_and_lengths_are_those_of_the_folder(include_prompt, bert, tmp_path):
+def test_conversion_keeps_prompts_and_limits(include_prompt, bert, tmp_path):
     config = {"embedding_dimension": 48, "pooling_mode": "mean", "include_prompt": include_prompt}
     modules = [TRANSFORMER, POOLING | {"idx": 1, "name": "1"}]
     folder = sentence_folder(tmp_path / "model", bert, modules, pooling=config)
-    described = {"prompts": {"query": "Find: ", "document": "Text: "}, "default_prompt_name": "document"}
+    prompt_config = {"prompts": {"query": "Find: ", "document": "Text: "}, "default_prompt_name": "document"}
     limits = {"max_seq_length": 40, "do_lower_case": True}
-    describe_texts(folder, described, limits)
+    write_prompts(folder, prompt_config, limits)
     hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
     blueprint = open_checkpoint(tmp_path / "orbax").blueprint
     assert blueprint.prompt is None
-    assert blueprint.sentence == SentencePrompts(**described, include_prompt=include_prompt, do_lower_case=True)
+    assert blueprint.sentence == SentencePrompts(**prompt_config, include_prompt=include_prompt, do_lower_case=True)
     assert blueprint.max_tokens == 40
     orbax_to_hf(["--checkpoint", str(tmp_path / "orbax"), "--output", str(tmp_path / "export"), "--verify"])
     written = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())
-    assert {name: written[name] for name in described} == described
+    assert {name: written[name] for name in prompt_config} == prompt_config
     assert json.loads((tmp_path / "export" / "sentence_bert_config.json").read_text()) == limits
     pooling = json.loads((tmp_path / "export" / "1_Pooling" / "config.json").read_text())
     assert pooling["include_prompt"] is include_prompt
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "export" / name).read_bytes() == (folder / name).read_bytes()
-    came, went = (SentenceTransformer(str(path), device="cpu") for path in (folder, tmp_path / "export"))
+    original, exported = (SentenceTransformer(str(path), device="cpu") for path in (folder, tmp_path / "export"))
     texts = ["What is the capital of FRANCE?", "The Seine flows through Paris. " * 20]
     for encode in ("encode_query", "encode_document", "encode"):
-        np.testing.assert_array_equal(getattr(went, encode)(texts), getattr(came, encode)(texts))
+        np.testing.assert_array_equal(getattr(exported, encode)(texts), getattr(original, encode)(texts))
 
 
 @pytest.mark.parametrize(
-    ("described", "limits", "message"),
+    ("config", "limits", "message"),
     [
-        ({"prompts": ["query: "]}, {}, "prompts of its sentence-transformers files"),
-        ({"prompts": {"query": 3}}, {}, r"prompts\.query of its sentence-transformers files"),
-        ({"default_prompt_name": "sts"}, {}, "default_prompt_name 'sts' is none of its prompts"),
-        ({}, {"do_lower_case": "yes"}, "do_lower_case of its sentence-transformers files"),
+        ({"prompts": ["query: "]}, {}, "prompts in the sentence-transformers files"),
+        ({"prompts": {"query": 3}}, {}, r"prompts\.query in the sentence-transformers files"),
+        ({"default_prompt_name": "sts"}, {}, "default_prompt_name 'sts' is not one of the prompts"),
+        ({}, {"do_lower_case": "yes"}, "do_lower_case in the sentence-transformers files"),
         ({}, {"max_seq_length": 0}, "max_seq_length: expected a number of at least 1, found 0"),
         ({}, {"max_seq_length": "512"}, "max_seq_length: expected a number of at least 1, found '512'"),
         ({}, {"max_seq_length": True}, "max_seq_length: expected a number of at least 1, found True"),
     ],
 )
-def test_prompts_and_lengths_that_are_none_are_told(described, limits, message, bert, tmp_path):
+def test_invalid_prompts_and_limits_raise_user_error(config, limits, message, bert, tmp_path):
     folder = sentence_folder(tmp_path / "model", bert, [TRANSFORMER, POOLING], pooling={"pooling_mode": "mean"})
-    describe_texts(folder, described, limits)
+    write_prompts(folder, config, limits)
     with pytest.raises(UserError, match=message):
         hf_to_orbax(["--model", str(folder), "--output", str(tmp_path / "orbax")])
     assert not (tmp_path / "orbax").exists()
 
 
 @pytest.mark.parametrize(("is_causal", "expected"), [(None, "causal"), (True, "causal"), (False, "bidirectional")])
-def test_the_attention_of_a_decoder_that_sentence_transformers_describes(is_causal, expected, tmp_path):
-    """Where config.json says nothing, it is that of transformers; a folder without modules.json leaves it open."""
+def test_decoder_attention_defaults_to_that_of_transformers(is_causal, expected, tmp_path):
+    """Folders without modules.json have no default."""
     tiny = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    says = {} if is_causal is None else {"is_causal": is_causal}
-    make("youtu_embedding", tmp_path / "plain", **tiny, num_key_value_heads=4, model_type="qwen3", **says)
+    attention = {} if is_causal is None else {"is_causal": is_causal}
+    write_random_checkpoint(
+        "youtu_embedding", tmp_path / "plain", **tiny, num_key_value_heads=4, model_type="qwen3", **attention
+    )
     config = {"pooling_mode": "lasttoken"}
     folder = sentence_folder(tmp_path / "model", tmp_path / "plain", [TRANSFORMER, POOLING], pooling=config)
-    assert open_folder(folder).stored["attention"] == expected
-    assert open_folder(tmp_path / "plain").stored == ({} if is_causal is None else {"attention": expected})
+    assert open_folder(folder).stored_settings["attention"] == expected
+    assert open_folder(tmp_path / "plain").stored_settings == ({} if is_causal is None else {"attention": expected})

@@ -1,4 +1,4 @@
-"""Batches against what the prompt encoder makes of the planned examples, on one host and on pretended ones."""
+"""Tests batches against independently tokenized examples, on one host and on simulated hosts."""
 
 import json
 import random
@@ -11,11 +11,11 @@ import pytest
 
 from codiemb_jax.batch import Batch, TokenRows
 from codiemb_jax.config import DataSettings, PromptSettings
-from codiemb_jax.data.loader import StepSource, batches, own_parts, to_global
+from codiemb_jax.data.loader import StepSource, batches, local_ranges, to_global
 from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Plan, Source, StepPlan
-from codiemb_jax.data.store import PreparedDataSet
+from codiemb_jax.data.store import PreparedDataset
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.records import Triple
@@ -28,22 +28,22 @@ SETTINGS = DataSettings(
     negatives_per_query=3, **LIMITS,
 )  # fmt: skip
 WORDS = ["quick", "brown", "fox", "lazy", "dog", "river", "为什么", "我的", "committee", "weeks", "😀"]
-STEPS = 7  # an epoch and a half
+STEPS = 7  # almost two epochs
 
 
 def write_files(folder: Path) -> list[Path]:
-    """19 IR and 35 STS examples; some without negatives, with one positive, with long texts."""
-    draw = random.Random(3)
+    """Writes 19 IR and 35 STS examples, some without negatives, with one positive, or with long texts."""
+    rng = random.Random(3)
 
     def triple(instruction: str = "") -> list[str]:
-        return [instruction, draw.choice(["", "title "]), " ".join(draw.choices(WORDS, k=draw.randint(1, 14)))]
+        return [instruction, rng.choice(["", "title "]), " ".join(rng.choices(WORDS, k=rng.randint(1, 14)))]
 
     ir = [
         {
             "task_type": "ir",
-            "query": triple(draw.choice(["", "find it"])),
-            "positives": [triple() for _ in range(draw.randint(1, 3))],
-            "negatives": [triple() for _ in range(draw.choice([0, 0, 1, 2, 5]))],
+            "query": triple(rng.choice(["", "find it"])),
+            "positives": [triple() for _ in range(rng.randint(1, 3))],
+            "negatives": [triple() for _ in range(rng.choice([0, 0, 1, 2, 5]))],
         }
         for _ in range(19)
     ]
@@ -52,7 +52,7 @@ def write_files(folder: Path) -> list[Path]:
             "task_type": "sts",
             "query": triple("compare"),
             "positives": [triple("compare")],
-            "positive_scores": [draw.uniform(-1, 6)],
+            "positive_scores": [rng.uniform(-1, 6)],
         }
         for _ in range(35)
     ]
@@ -63,40 +63,40 @@ def write_files(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer) -> PromptTokenizer:
+def prompt_tokenizer(tokenizer) -> PromptTokenizer:
     return PromptTokenizer(tokenizer, PROMPT)
 
 
 @pytest.fixture(scope="module")
-def data_sets(encoder, tmp_path_factory) -> list[PreparedDataSet]:
+def datasets(prompt_tokenizer, tmp_path_factory) -> list[PreparedDataset]:
     folder = tmp_path_factory.mktemp("data")
     ir, sts = write_files(folder)
-    made = [prepare(path, path.stem, encoder, cache=folder / "cache", **LIMITS) for path in (ir, sts)]
-    assert made[0].index.passage_tokens.max() == 32  # some were cut off
-    return made
+    datasets = [prepare(path, path.stem, prompt_tokenizer, cache=folder / "cache", **LIMITS) for path in (ir, sts)]
+    assert datasets[0].index.passage_tokens.max() == 32  # some passages were truncated
+    return datasets
 
 
-def sources_of(data_sets: list[PreparedDataSet]) -> list[Source]:
-    return [Source(data_set.path.stem, data_set.task, data_set.index) for data_set in data_sets]
+def make_sources(datasets: list[PreparedDataset]) -> list[Source]:
+    return [Source(dataset.path.stem, dataset.task, dataset.index) for dataset in datasets]
 
 
 @pytest.fixture(scope="module")
-def plan(data_sets) -> Plan:
-    plan = Plan(sources_of(data_sets), SETTINGS, 5)
+def plan(datasets) -> Plan:
+    plan = Plan(make_sources(datasets), SETTINGS, 5)
     assert plan.steps_per_epoch == 4
     steps = [plan.step(number) for number in range(STEPS)]
     assert {step.task for step in steps} == {"ir", "sts"}
     ir = np.concatenate([step.passages for step in steps if step.task == "ir"])
-    assert (ir[:, 2:] < 0).any() and (ir[:, 2:] >= 0).any()  # else these tests would show little
+    assert (ir[:, 2:] < 0).any() and (ir[:, 2:] >= 0).any()  # otherwise the tests would prove little
     return plan
 
 
 @pytest.fixture(scope="module")
-def mixed_plan(data_sets) -> MixedPlan:
-    """Two examples for each of eight devices, some of them IR and some STS in every step."""
+def mixed_plan(datasets) -> MixedPlan:
+    """A plan with two examples for each of eight devices, where every step has both tasks."""
     settings = SETTINGS.model_copy(update={"sampler": "mixed", "ir_global_batch_size": 16})
-    plan = MixedPlan(sources_of(data_sets), settings, 5, 8)
-    assert all({data_sets[source].task for source in plan.step(i).sources} == {"ir", "sts"} for i in range(4))
+    plan = MixedPlan(make_sources(datasets), settings, 5, 8)
+    assert all({datasets[source].task for source in plan.step(i).sources} == {"ir", "sts"} for i in range(4))
     return plan
 
 
@@ -107,84 +107,80 @@ def make_mesh(*shape: int) -> jax.sharding.Mesh:
     )  # fmt: skip
 
 
-def laid_out(texts: list[Tokens | None], length: int) -> dict[str, list[list[int]]]:
-    """One text a row, written out element by element."""
+def lay_out(texts: list[Tokens | None], length: int) -> dict[str, list[list[int]]]:
+    """Lays out one text per row as lists."""
     fields: dict[str, list[list[int]]] = {name: [] for name in TokenRows._fields}
     for text in texts:
         ids = [] if text is None else text.ids.tolist()
-        content = 0 if text is None else text.content
+        start = 0 if text is None else text.content_start
         padding = [0] * (length - len(ids))
         fields["tokens"].append(ids + padding)
         fields["positions"].append(list(range(len(ids))) + padding)
         fields["segment_ids"].append([1] * len(ids) + padding)
-        fields["pooling_mask"].append([0] * content + [1] * (len(ids) - content) + padding)
+        fields["pooling_mask"].append([0] * start + [1] * (len(ids) - start) + padding)
     return fields
 
 
-class Expected:
-    """What a step's batch must hold, made from the JSON lines and the prompt encoder alone."""
+class ExpectedBatches:
+    """Builds the expected batches from the JSON lines with `PromptTokenizer`."""
 
-    def __init__(self, data_sets: list[PreparedDataSet], encoder: PromptTokenizer):
-        self.encoder = encoder
+    def __init__(self, datasets: list[PreparedDataset], tokenizer: PromptTokenizer):
+        self.tokenizer = tokenizer
         self.lines = [
-            [json.loads(line) for line in data_set.path.read_text(encoding="utf-8").splitlines()]
-            for data_set in data_sets
+            [json.loads(line) for line in dataset.path.read_text(encoding="utf-8").splitlines()] for dataset in datasets
         ]
 
     def query(self, triple: list[str]) -> Tokens:
-        (text,) = self.encoder.tokenize_queries([Triple(*(part.strip("\t\n :") for part in triple))], 64)
+        (text,) = self.tokenizer.tokenize_queries([Triple(*(part.strip("\t\n :") for part in triple))], 64)
         return text
 
     def passage(self, triple: list[str]) -> Tokens:
-        (text,) = self.encoder.tokenize_passages([Triple(*(part.strip("\t\n :") for part in triple))], 32)
+        (text,) = self.tokenizer.tokenize_passages([Triple(*(part.strip("\t\n :") for part in triple))], 32)
         return text
 
     def texts(self, example: dict[str, Any], chosen: list[int]) -> list[Tokens | None]:
-        """An example's query and its chosen passages."""
+        """Returns the query of an example and its chosen passages."""
         if example["task_type"] == "sts":
             assert chosen == [0] + [-1] * (len(chosen) - 1)
-            absent = [None] * (len(chosen) - 1)
-            return [self.query(example["query"]), self.query(example["positives"][0]), *absent]
-        own = example["positives"] + example["negatives"]
-        passages = [None if text < 0 else self.passage(own[text]) for text in chosen]
-        # Only what does not exist is absent: negatives of an example without any.
-        assert [text is None for text in passages] == [False] * 2 + [not example["negatives"]] * (len(chosen) - 2)
+            padding = [None] * (len(chosen) - 1)
+            return [self.query(example["query"]), self.query(example["positives"][0]), *padding]
+        candidates = example["positives"] + example["negatives"]
+        passages = [None if i < 0 else self.passage(candidates[i]) for i in chosen]
+        # Only examples without negatives have padding.
+        assert [passage is None for passage in passages] == [False] * 2 + [not example["negatives"]] * (len(chosen) - 2)
         return [self.query(example["query"]), *passages]
 
     def batch(self, step: StepPlan, devices: int) -> dict[str, Any]:
-        """A step's batch, of examples split over so many devices; every field as lists."""
+        """Returns the batch of a step whose examples are split over `devices`, with all fields as lists."""
         per_source = step.examples.size // len(step.sources)
-        examples = [
-            self.lines[step.sources[place // per_source]][example] for place, example in enumerate(step.examples)
-        ]
+        examples = [self.lines[step.sources[i // per_source]][example] for i, example in enumerate(step.examples)]
         texts = [self.texts(*example) for example in zip(examples, step.passages.tolist(), strict=True)]
         width = step.passages.shape[1]
         rows: list[Tokens | None] = []
         fields: dict[str, list] = {"text_ids": [], "queries": [], "passages": [], "scores": []}
         count = len(examples) // devices
         for device in range(devices):
-            places = range(device * count, (device + 1) * count)
-            # A device's rows are its queries, then its passages, example by example.
-            order = [(place, 0) for place in places]
-            order += [(place, 1 + j) for place in places for j in range(width)]
-            rows += [texts[place][text] for place, text in order]
-            present = [(place, text) for place, text in order if texts[place][text] is not None]
-            fields["text_ids"] += [[p * (width + 1) + t if (p, t) in present else -1] for p, t in order]
+            local = range(device * count, (device + 1) * count)
+            # The rows of a device are its queries and then the passages of each example.
+            order = [(i, 0) for i in local]
+            order += [(i, 1 + j) for i in local for j in range(width)]
+            rows += [texts[i][text] for i, text in order]
+            present = [(i, text) for i, text in order if texts[i][text] is not None]
+            fields["text_ids"] += [[i * (width + 1) + t if (i, t) in present else -1] for i, t in order]
             fields["queries"] += range(count)
             fields["passages"] += [
-                [order.index((place, 1 + j)) if (place, 1 + j) in present else -1 for j in range(width)]
-                for place in places
+                [order.index((i, 1 + j)) if (i, 1 + j) in present else -1 for j in range(width)] for i in local
             ]
-            fields["scores"] += [float(np.float32(examples[p].get("positive_scores", [np.nan])[0])) for p in places]
-        return {"rows": laid_out(rows, step.row_length), **fields}
+            fields["scores"] += [float(np.float32(examples[i].get("positive_scores", [np.nan])[0])) for i in local]
+        return {"rows": lay_out(rows, step.row_length), **fields}
 
 
 @pytest.fixture(scope="module")
-def expected(data_sets, encoder) -> Expected:
-    return Expected(data_sets, encoder)
+def expected(datasets, prompt_tokenizer) -> ExpectedBatches:
+    return ExpectedBatches(datasets, prompt_tokenizer)
 
 
-def assert_holds(batch: Batch, fields: dict[str, Any]) -> None:
+def assert_equal(batch: Batch, fields: dict[str, Any]) -> None:
     assert set(fields) == set(Batch._fields)
     for name in TokenRows._fields:
         value = np.asarray(getattr(batch.rows, name))
@@ -198,70 +194,69 @@ def assert_holds(batch: Batch, fields: dict[str, Any]) -> None:
     np.testing.assert_array_equal(batch.scores, fields["scores"])
 
 
-def assert_counts_tokens(step: StepPlan, batch: Batch) -> None:
+def assert_token_counts(step: StepPlan, batch: Batch) -> None:
     assert step.tokens == int((batch.rows.segment_ids > 0).sum())
     assert step.computed_tokens == batch.rows.segment_ids.size
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2)])
-def test_batches_hold_the_planned_examples_on_any_mesh(shape, plan, data_sets, expected):
+def test_batches_have_the_planned_examples_on_any_mesh(shape, plan, datasets, expected):
     sharding, shards = row_sharding(make_mesh(*shape)), shape[0] * shape[1]
-    found = list(batches(plan, data_sets, sharding, start=0, stop=STEPS))
-    assert [step.number for step, _ in found] == list(range(STEPS))
-    for step, batch in found:
+    steps = list(batches(plan, datasets, sharding, start=0, stop=STEPS))
+    assert [step.number for step, _ in steps] == list(range(STEPS))
+    for step, batch in steps:
         assert type(batch) is Batch
-        assert_holds(batch, expected.batch(step, shards))
-        assert_counts_tokens(step, batch)
+        assert_equal(batch, expected.batch(step, shards))
+        assert_token_counts(step, batch)
         for leaf in jax.tree.leaves(batch):
             assert leaf.sharding == sharding
             assert leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // shards
         assert np.isnan(batch.scores).tolist() == [step.task == "ir"] * step.examples.size
 
 
-def test_a_text_has_the_same_number_on_any_mesh(plan, data_sets):
-    def by_number(*shape: int) -> list[dict[int, list[int]]]:
-        """The tokens of each numbered text of every step."""
-        numbered = []
-        for _, batch in batches(plan, data_sets, row_sharding(make_mesh(*shape)), start=0, stop=STEPS):
+def test_text_ids_do_not_depend_on_the_mesh(plan, datasets):
+    def tokens_by_id(*shape: int) -> list[dict[int, list[int]]]:
+        """Returns the tokens of each text id for every step."""
+        steps = []
+        for _, batch in batches(plan, datasets, row_sharding(make_mesh(*shape)), start=0, stop=STEPS):
             assert batch.text_ids.shape == (len(batch.rows.tokens), 1)
-            numbers, tokens = np.asarray(batch.text_ids)[:, 0].tolist(), np.asarray(batch.rows.tokens).tolist()
+            ids, tokens = np.asarray(batch.text_ids)[:, 0].tolist(), np.asarray(batch.rows.tokens).tolist()
             present = np.asarray(batch.rows.segment_ids).any(axis=1).tolist()
-            assert [number >= 0 for number in numbers] == present
-            assert set(numbers) - set(range(len(numbers))) <= {-1}
-            numbered.append({n: row for n, row in zip(numbers, tokens, strict=True) if n >= 0})
-            assert len(numbered[-1]) == sum(present)  # no number twice
-        return numbered
+            assert [text_id >= 0 for text_id in ids] == present
+            assert set(ids) - set(range(len(ids))) <= {-1}
+            steps.append({text_id: row for text_id, row in zip(ids, tokens, strict=True) if text_id >= 0})
+            assert len(steps[-1]) == sum(present)  # ids are unique
+        return steps
 
-    alone = by_number(1, 1, 1)
-    assert by_number(8, 1, 1) == alone
-    assert by_number(2, 2, 2) == alone
+    single_device = tokens_by_id(1, 1, 1)
+    assert tokens_by_id(8, 1, 1) == single_device
+    assert tokens_by_id(2, 2, 2) == single_device
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1)])
-def test_a_mixed_batch_holds_what_each_device_has_been_dealt(shape, mixed_plan, data_sets, expected):
-    for step, batch in batches(mixed_plan, data_sets, row_sharding(make_mesh(*shape)), start=0, stop=4):
+def test_mixed_batches_have_the_planned_examples_of_each_device(shape, mixed_plan, datasets, expected):
+    for step, batch in batches(mixed_plan, datasets, row_sharding(make_mesh(*shape)), start=0, stop=4):
         assert type(batch) is Batch
-        assert_holds(batch, expected.batch(step, 8))
-        assert_counts_tokens(step, batch)
+        assert_equal(batch, expected.batch(step, 8))
+        assert_token_counts(step, batch)
         assert step.examples.size == 2 * 8
         for device, (source, shard) in enumerate(zip(step.sources, batch.scores.addressable_shards, strict=True)):
             assert shard.index == (slice(2 * device, 2 * device + 2),)
-            assert np.isnan(shard.data).tolist() == [data_sets[source].task == "ir"] * 2
+            assert np.isnan(shard.data).tolist() == [datasets[source].task == "ir"] * 2
 
 
-def test_starting_later_leaves_out_the_steps_before(plan, data_sets):
+def test_start_skips_earlier_steps(plan, datasets):
     sharding = row_sharding(make_mesh(2, 1, 1))
-    everything = list(batches(plan, data_sets, sharding, start=0, stop=STEPS))
+    all_steps = list(batches(plan, datasets, sharding, start=0, stop=STEPS))
     for start in (1, 3, STEPS - 1):
-        rest = list(batches(plan, data_sets, sharding, start=start, stop=STEPS))
+        rest = list(batches(plan, datasets, sharding, start=start, stop=STEPS))
         assert [step.number for step, _ in rest] == list(range(start, STEPS))
-        for (_, batch), (_, whole) in zip(rest, everything[start:], strict=True):
-            for one, other in zip(jax.tree.leaves(batch), jax.tree.leaves(whole), strict=True):
-                np.testing.assert_array_equal(one, other)
-    assert list(batches(plan, data_sets, sharding, start=STEPS, stop=STEPS)) == []
+        for (_, actual), (_, expected) in zip(rest, all_steps[start:], strict=True):
+            jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert list(batches(plan, datasets, sharding, start=STEPS, stop=STEPS)) == []
 
 
-def test_pad():
+def test_pad_lays_out_one_text_per_row():
     texts = [Tokens(np.array([7, 8, 9], np.int32), 1), None, Tokens(np.array([5], np.int32), 0)]
     rows = pad(texts, 4)
     assert rows.tokens.tolist() == [[7, 8, 9, 0], [0, 0, 0, 0], [5, 0, 0, 0]]
@@ -271,8 +266,8 @@ def test_pad():
     assert {field.dtype.name for field in rows} == {"int32"}
 
 
-class OwnDevices:
-    """A sharding as a process sees it that owns some of the devices only."""
+class HostSharding:
+    """A sharding as seen by a host that has only some of the devices."""
 
     def __init__(self, sharding: jax.sharding.Sharding, devices: list[jax.Device]):
         self.sharding, self.devices = sharding, devices
@@ -285,84 +280,83 @@ class OwnDevices:
 HOSTS = {
     "one": [[0, 1, 2, 3, 4, 5, 6, 7]],
     "two": [[0, 1, 2, 3], [4, 5, 6, 7]],
-    "apart": [[0, 1, 6, 7], [2, 3, 4, 5]],
-    "every other": [[6, 4, 2, 0], [7, 5, 3, 1]],
+    "not contiguous": [[0, 1, 6, 7], [2, 3, 4, 5]],
+    "interleaved": [[6, 4, 2, 0], [7, 5, 3, 1]],
     "uneven": [[3], [0, 7], [5, 1, 2, 4, 6]],
 }
 
 
 @pytest.mark.parametrize("hosts", HOSTS)
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
-def test_own_parts_are_those_of_the_devices(hosts, shape):
+def test_local_ranges_match_the_devices_of_the_host(hosts, shape):
     mesh = make_mesh(*shape)
     sharding = row_sharding(mesh)
     devices = list(mesh.devices.flat)
     per_shard = 16 // (shape[0] * shape[1])
-    for own in HOSTS[hosts]:
-        parts = own_parts(OwnDevices(sharding, [devices[i] for i in own]), 16)
-        # The tensor axis is the innermost, and holds the same rows on all of its devices.
-        shards = sorted({i // shape[2] for i in own})
-        assert parts == [(shard * per_shard, (shard + 1) * per_shard) for shard in shards]
+    for local_devices in HOSTS[hosts]:
+        ranges = local_ranges(HostSharding(sharding, [devices[i] for i in local_devices]), 16)
+        # The tensor axis is the innermost, and all of its devices have the same rows.
+        shards = sorted({i // shape[2] for i in local_devices})
+        assert ranges == [(shard * per_shard, (shard + 1) * per_shard) for shard in shards]
 
 
 @pytest.mark.parametrize("sampler", ["dynamic", "mixed"])
 @pytest.mark.parametrize("hosts", HOSTS)
-def test_hosts_read_their_own_examples_alone_and_make_up_the_global_batch(
-    hosts, sampler, plan, mixed_plan, data_sets, expected, monkeypatch
+def test_hosts_read_only_their_examples_and_assemble_the_global_batch(
+    hosts, sampler, plan, mixed_plan, datasets, expected, monkeypatch
 ):
     plan = mixed_plan if sampler == "mixed" else plan
     mesh = make_mesh(8, 1, 1)
     sharding = row_sharding(mesh)
     read: list[tuple[str, int]] = []
-    original = PreparedDataSet.read
+    original = PreparedDataset.read
 
-    def recorded(self: PreparedDataSet, examples: np.ndarray) -> list[list[Tokens]]:
+    def record_read(self: PreparedDataset, examples: np.ndarray) -> list[list[Tokens]]:
         read.extend((self.task, example) for example in examples.tolist())
         return original(self, examples)
 
-    monkeypatch.setattr(PreparedDataSet, "read", recorded)
+    monkeypatch.setattr(PreparedDataset, "read", record_read)
 
-    def fake(shape, layout, callback):
-        """What of the global array lies on each of the host's devices, and its shape."""
+    def make_local_arrays(shape, layout, callback):
+        """Returns the shape of the global array and its blocks on the devices of the host."""
         indices = layout.addressable_devices_indices_map(shape)
         return shape, {device: np.asarray(callback(index)) for device, index in indices.items()}
 
-    monkeypatch.setattr(jax, "make_array_from_callback", fake)
+    monkeypatch.setattr(jax, "make_array_from_callback", make_local_arrays)
     for number in range(4):
         step = plan.step(number)
-        parts = StepSource(plan, data_sets, sharding, STEPS)[number][1]
+        parts = StepSource(plan, datasets, sharding, STEPS)[number][1]
         assert len(parts) == 8
         whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         per_source = step.examples.size // len(step.sources)
-        dealt = [
-            (data_sets[step.sources[place // per_source]].task, example)
-            for place, example in enumerate(step.examples.tolist())
+        planned = [
+            (datasets[step.sources[i // per_source]].task, example) for i, example in enumerate(step.examples.tolist())
         ]
-        size = len(dealt) // 8
+        size = len(planned) // 8
         seen: list[tuple[str, int]] = []
-        for own in HOSTS[hosts]:
-            layout = OwnDevices(sharding, [mesh.devices.flat[i] for i in own])
-            source = StepSource(plan, data_sets, layout, STEPS)
+        for local_devices in HOSTS[hosts]:
+            layout = HostSharding(sharding, [mesh.devices.flat[i] for i in local_devices])
+            source = StepSource(plan, datasets, layout, STEPS)
             read.clear()
             assert len(source) == STEPS
             host_plan, local = source[number]
             assert host_plan.sources == step.sources
             assert host_plan.examples.tolist() == step.examples.tolist()
-            assert read == [example for i in sorted(own) for example in dealt[i * size : (i + 1) * size]]
+            assert read == [example for i in sorted(local_devices) for example in planned[i * size : (i + 1) * size]]
             seen += read
-            assert len(local) == len(own)
-            for found, i in zip(local, sorted(own), strict=True):
-                jax.tree.map(np.testing.assert_array_equal, found, parts[i])
-            ((again, arrays),) = batches(plan, data_sets, layout, start=number, stop=number + 1)
-            assert again.number == number
+            assert len(local) == len(local_devices)
+            for part, i in zip(local, sorted(local_devices), strict=True):
+                jax.tree.map(np.testing.assert_array_equal, part, parts[i])
+            ((loaded, arrays),) = batches(plan, datasets, layout, start=number, stop=number + 1)
+            assert loaded.number == number
             for (shape, blocks), leaf in zip([*arrays.rows, *arrays[1:]], jax.tree.leaves(whole), strict=True):
                 assert shape == leaf.shape
-                assert len(blocks) == len(own)
-                for i in own:
+                assert len(blocks) == len(local_devices)
+                for i in local_devices:
                     block = leaf.shape[0] // 8
                     np.testing.assert_array_equal(blocks[mesh.devices.flat[i]], leaf[i * block : (i + 1) * block])
-        assert sorted(seen) == sorted(dealt)
-        assert_holds(whole, expected.batch(step, 8))
+        assert sorted(seen) == sorted(planned)
+        assert_equal(whole, expected.batch(step, 8))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
@@ -375,6 +369,6 @@ def test_to_global_keeps_the_rows_of_an_example_together(shape, per_example):
     assert array.sharding == sharding
     vector = to_global(np.split(local[:, 0], shards), range(shards), shards, sharding)
     np.testing.assert_array_equal(vector, local[:, 0])
-    # Which part is which says `starts`, not the order in which they come.
-    backwards = to_global(np.split(local, shards)[::-1], range(shards)[::-1], shards, sharding)
-    np.testing.assert_array_equal(backwards, local)
+    # The position of a part depends on `starts` and not on the order of the parts.
+    reversed_parts = to_global(np.split(local, shards)[::-1], range(shards)[::-1], shards, sharding)
+    np.testing.assert_array_equal(reversed_parts, local)

@@ -1,4 +1,4 @@
-"""Encoding and held-out figures against plain computations."""
+"""Tests of embeddings and held-out metrics against direct computations."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
 from codiemb_jax.evaluation.held_out import evaluate, read_held_out
 from codiemb_jax.models.embed import embed
-from codiemb_jax.models.pooling import unit
+from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import Triple
@@ -32,7 +32,7 @@ def model(golden):
 
 
 @pytest.fixture(scope="module")
-def encoder(model):
+def tokenizer(model):
     return PromptTokenizer(model.blueprint.tokenizer(), PROMPT)
 
 
@@ -41,43 +41,43 @@ def embedder(model):
     return Embedder(model.graph, None, model.blueprint, model.mesh).with_params(model.load())
 
 
-def alone(model, text) -> np.ndarray:
-    """The vector of one tokenized text, in a row of its own length."""
+def embed_single(model, text) -> np.ndarray:
+    """Embeds one tokenized text without padding."""
     count = text.ids.size
-    pooled = (np.arange(count) >= text.content)[None]
-    rows = TokenRows(text.ids[None], np.arange(count)[None], np.ones((1, count), int), pooled)
-    return np.asarray(unit(embed(nnx.merge(model.graph, model.load()), rows)))[0]
+    pooling_mask = (np.arange(count) >= text.content_start)[None]
+    rows = TokenRows(text.ids[None], np.arange(count)[None], np.ones((1, count), int), pooling_mask)
+    return np.asarray(l2_normalize(embed(nnx.merge(model.graph, model.load()), rows)))[0]
 
 
-def test_a_vector_does_not_depend_on_its_company(model, encoder, embedder):
-    texts = [f"text number {i} " + "goes on " * (i % 17) for i in range(41)]  # more than one batch, several lengths
-    vectors = embedder.encode_document(texts)
-    tokens = encoder.tokenize_passages([Triple("", "", text.strip()) for text in texts], LIMIT)
+def test_embedding_does_not_depend_on_other_texts(model, tokenizer, embedder):
+    texts = [f"text number {i} " + "goes on " * (i % 17) for i in range(41)]  # two batches, several lengths
+    embeddings = embedder.encode_document(texts)
+    tokens = tokenizer.tokenize_passages([Triple("", "", text.strip()) for text in texts], LIMIT)
     for i in (0, 16, 40):
-        np.testing.assert_allclose(vectors[i], alone(model, tokens[i]), atol=2e-6)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(embeddings[i], embed_single(model, tokens[i]), atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
 
 
-def test_queries_carry_the_instruction(model, encoder, embedder):
+def test_queries_contain_the_instruction(model, tokenizer, embedder):
     for instruction, expected in ((None, "Find it"), ("Sort it", "Sort it"), ("", "")):
-        (tokens,) = encoder.tokenize_queries([Triple(expected, "", "a red bicycle")], LIMIT)
-        vector = embedder.encode_query([" a red bicycle\n"], instruction=instruction)[0]
-        np.testing.assert_allclose(vector, alone(model, tokens), atol=2e-6)
+        (tokens,) = tokenizer.tokenize_queries([Triple(expected, "", "a red bicycle")], LIMIT)
+        embedding = embedder.encode_query([" a red bicycle\n"], instruction=instruction)[0]
+        np.testing.assert_allclose(embedding, embed_single(model, tokens), atol=2e-6)
 
 
 def ndcg_at_10(similarity: np.ndarray, relevant: list[set[int]]) -> float:
-    """From the formula: gains discounted by log2 of the rank, over those of the best ranking."""
-    found = []
-    for row, good in zip(similarity, relevant, strict=True):
+    """Computes the mean ratio of the DCG to that of an ideal ranking."""
+    scores = []
+    for row, passages in zip(similarity, relevant, strict=True):
         ranking = np.argsort(-row, kind="stable")[:10]
-        gain = sum(1 / math.log2(rank + 2) for rank, place in enumerate(ranking) if place in good)
-        found.append(gain / sum(1 / math.log2(rank + 2) for rank in range(min(len(good), 10))))
-    return float(np.mean(found))
+        dcg = sum(1 / math.log2(rank + 2) for rank, passage in enumerate(ranking) if passage in passages)
+        scores.append(dcg / sum(1 / math.log2(rank + 2) for rank in range(min(len(passages), 10))))
+    return float(np.mean(scores))
 
 
-def test_ndcg_is_that_of_the_formula(golden, encoder, embedder):
+def test_ndcg_matches_formula(golden, tokenizer, embedder):
     path = golden / "data" / "news.jsonl"
-    (held_out,) = read_held_out(EvaluationSettings(ir=[path]), encoder, LIMIT)
+    (held_out,) = read_held_out(EvaluationSettings(ir=[path]), tokenizer, LIMIT)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     passages = list(dict.fromkeys(p[2].strip("\t\n :") for r in records for p in r["positives"] + r["negatives"]))
     relevant = [{passages.index(p[2].strip("\t\n :")) for p in record["positives"]} for record in records]
@@ -87,15 +87,15 @@ def test_ndcg_is_that_of_the_formula(golden, encoder, embedder):
     assert evaluate(embedder, [held_out]) == {"news nDCG@10": pytest.approx(expected, abs=1e-6)}
 
 
-def test_spearman_is_the_correlation_of_ranks(golden, encoder, embedder):
+def test_spearman_matches_correlation_of_ranks(golden, tokenizer, embedder):
     path = golden / "data" / "questions.jsonl"
-    (held_out,) = read_held_out(EvaluationSettings(sts=[path]), encoder, LIMIT)
+    (held_out,) = read_held_out(EvaluationSettings(sts=[path]), tokenizer, LIMIT)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     pairs = [embedder.encode_query([r["query"][2], r["positives"][0][2]], instruction=r["query"][0]) for r in records]
     similarity = np.array([first @ second for first, second in pairs])
     scores = np.array([record["positive_scores"][0] for record in records])
 
-    def ranks(values: np.ndarray) -> np.ndarray:  # ties share the mean of their ranks
+    def ranks(values: np.ndarray) -> np.ndarray:  # ties get their mean rank
         return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
 
     expected = np.corrcoef(ranks(similarity), ranks(scores))[0, 1]
@@ -105,10 +105,10 @@ def test_spearman_is_the_correlation_of_ranks(golden, encoder, embedder):
 @pytest.mark.parametrize(
     ("text", "score", "message"), [("ok", [1.0], "same score"), ("", [0.5], r"held.jsonl:2: positives\[0\]")]
 )
-def test_held_out_data_that_cannot_be_used_is_told(text, score, message, encoder, tmp_path: Path):
+def test_invalid_held_out_data_raise_user_error(text, score, message, tokenizer, tmp_path: Path):
     path = tmp_path / "held.jsonl"
     pair = {"task_type": "sts", "query": ["", "", "a text"], "positive_scores": [1.0]}
     lines = [pair | {"positives": [["", "", "ok"]]}, pair | {"positives": [["", "", text]], "positive_scores": score}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match=message):
-        read_held_out(EvaluationSettings(sts=[path]), encoder, LIMIT)
+        read_held_out(EvaluationSettings(sts=[path]), tokenizer, LIMIT)

@@ -1,4 +1,4 @@
-"""Our models against transformers' on the same folder: hidden states after every layer."""
+"""Compares hidden states of models with those of transformers for the same model folder."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ LENGTHS = (500, 7, 131, 1)
 
 
 def random_tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask [texts, longest] of texts of LENGTHS tokens, padded at the end."""
+    """Returns token ids and a mask, [texts, tokens], of texts with LENGTHS tokens, padded at the end."""
     random = np.random.default_rng(0)
     mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
     return np.where(mask, random.integers(3, vocab_size, mask.shape), 0), mask
@@ -35,38 +35,44 @@ def open_folder(path: Path, attention: str = "bidirectional", **settings: Any) -
 
 
 def assert_same_hidden_states(
-    ours: PretrainedModel,
-    theirs: torch.nn.Module,
+    model: PretrainedModel,
+    reference: torch.nn.Module,
     tokens: np.ndarray,
     mask: np.ndarray,
     *,
     relative: bool = False,
 ) -> None:
-    """The hidden states of every layer (of a deep model: of four) within 1e-4 of those of transformers.
+    """Asserts that hidden states of all layers (of four, for deep models) are within 1e-4 of the reference.
 
-    tokens, mask: [texts, longest].  relative: in units of the token's largest state where that is over 1.
+    Args:
+      model: The model to test.
+      reference: The model in transformers.
+      tokens: Token ids, [texts, tokens].
+      mask: Which tokens are not padding, [texts, tokens].
+      relative: Whether to divide errors by the largest absolute state of the token if it is greater than 1.
     """
     with torch.no_grad():
-        output = theirs(
+        output = reference(
             torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask.astype(int)), output_hidden_states=True
         )
-    params = ours.load()
-    states = jax.jit(lambda params, layer: nnx.merge(ours.graph, params)(as_rows(tokens, mask), layer, lambda x: x))
+    params = model.load()
+    rows = as_rows(tokens, mask)
+    hidden_states = jax.jit(lambda params, layer: nnx.merge(model.graph, params)(rows, layer, lambda x: x))
     *expected, expected_final = (
         state.numpy()[mask] for state in (*output.hidden_states[:-1], output.last_hidden_state)
     )
 
-    def assert_same(found: np.ndarray, expected: np.ndarray, what: str) -> None:
+    def assert_same(actual: np.ndarray, expected: np.ndarray, name: str) -> None:
         scale = np.maximum(1, np.abs(expected).max(axis=-1, keepdims=True)) if relative else 1
-        assert np.abs((found[mask] - expected) / scale).max() < 1e-4, what
+        assert np.abs((actual[mask] - expected) / scale).max() < 1e-4, name
 
-    last = len(expected)
-    for number in range(last) if last <= 8 else (0, last // 2, last - 1):
-        final, tapped = states(params, number)
+    count = len(expected)
+    for number in range(count) if count <= 8 else (0, count // 2, count - 1):
+        final, tapped = hidden_states(params, number)
         assert_same(np.asarray(tapped), expected[number], f"state {number}")
-    # transformers' last hidden state is the final-normed one of a decoder.
+    # The last hidden state of a decoder in transformers includes the final norm.
     assert_same(np.asarray(final), expected_final, "final state")
 
 
-def read_theirs(folder: Path) -> torch.nn.Module:
+def load_reference(folder: Path) -> torch.nn.Module:
     return AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

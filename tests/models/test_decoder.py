@@ -1,4 +1,4 @@
-"""The decoder against transformers: hidden states of every layer, on weights written by transformers."""
+"""Tests the decoder against transformers with weights written by transformers."""
 
 import json
 import shutil
@@ -17,9 +17,9 @@ from codiemb_jax.batch import TokenRows
 from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.models.embed import embed, embed_with_middle
-from codiemb_jax.models.pooling import unit
+from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh
-from tests.models.parity import as_rows, assert_same_hidden_states, open_folder, random_tokens, read_theirs
+from tests.models.parity import as_rows, assert_same_hidden_states, load_reference, open_folder, random_tokens
 
 TINY = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -41,7 +41,7 @@ def llama(rope: dict) -> LlamaModel:
 
 
 def granite() -> GraniteModel:
-    """As MiniCPM: 12 times the embeddings, 1.4 / sqrt(layers) times what each layer adds."""
+    """Scales embeddings and residuals as MiniCPM does."""
     scales = {"embedding_multiplier": 12.0, "residual_multiplier": 1.4 / 3**0.5, "attention_multiplier": 12**-0.5}
     tiny = TINY | {"num_key_value_heads": 4, "initializer_range": 0.05}
     return GraniteModel(
@@ -59,21 +59,21 @@ MODELS = {
 
 
 def assert_same(folder: Path, attention: str, *, relative: bool = False, text: str | None = None) -> None:
-    """text: what the longest of the texts begins with; None: random tokens."""
-    theirs = read_theirs(folder)
-    theirs.config.is_causal = attention == "causal"
-    ours = open_folder(folder, attention)
-    tokens, mask = random_tokens(ours.config.vocab_size)
+    """Compares hidden states for prefixes of `text`, or for random tokens if it is None."""
+    reference = load_reference(folder)
+    reference.config.is_causal = attention == "causal"
+    model = open_folder(folder, attention)
+    tokens, mask = random_tokens(model.config.vocab_size)
     if text is not None:
-        ids = ours.blueprint.tokenizer()(text, add_special_tokens=False)["input_ids"]
+        ids = model.blueprint.tokenizer()(text, add_special_tokens=False)["input_ids"]
         tokens = np.where(mask, np.array(ids[: mask.shape[1]]), 0)
         tokens, mask = tokens[:2], mask[:2]
-    assert_same_hidden_states(ours, theirs, tokens, mask, relative=relative)
+    assert_same_hidden_states(model, reference, tokens, mask, relative=relative)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("name", MODELS)
-def test_hidden_states_are_those_of_transformers(name, attention, tmp_path, tokenizer_files):
+def test_hidden_states_match_transformers(name, attention, tmp_path, tokenizer_files):
     torch.manual_seed(0)
     MODELS[name]().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
@@ -81,43 +81,50 @@ def test_hidden_states_are_those_of_transformers(name, attention, tmp_path, toke
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_minicpm_is_granite_under_another_name(attention, tmp_path, tokenizer_files):
+def test_minicpm_matches_granite_of_transformers(attention, tmp_path, tokenizer_files):
     torch.manual_seed(0)
     granite().save_pretrained(tmp_path / "granite")
     stock = json.loads((tmp_path / "granite" / "config.json").read_text())
-    named = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "rope_parameters")
-    minicpm = {name: value for name, value in stock.items() if name not in named} | {
+    granite_keys = (
+        "embedding_multiplier",
+        "residual_multiplier",
+        "attention_multiplier",
+        "logits_scaling",
+        "rope_parameters",
+    )
+    minicpm = {name: value for name, value in stock.items() if name not in granite_keys} | {
         "model_type": "minicpm", "architectures": ["MiniCPMModel"], "scale_emb": 12, "scale_depth": 1.4,
         "dim_model_base": 256, "rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float32",
     }  # fmt: skip
     shutil.copytree(tmp_path / "granite", tmp_path / "minicpm")
     (tmp_path / "minicpm" / "config.json").write_text(json.dumps(minicpm))
     tokenizer_files(tmp_path / "minicpm")
-    theirs = read_theirs(tmp_path / "granite")
-    theirs.config.is_causal = attention == "causal"
-    ours = open_folder(tmp_path / "minicpm", attention)
-    assert_same_hidden_states(ours, theirs, *random_tokens(300))
-    written = ours.family.stock(minicpm)
-    assert written["model_type"] == "granite"
+    reference = load_reference(tmp_path / "granite")
+    reference.config.is_causal = attention == "causal"
+    model = open_folder(tmp_path / "minicpm", attention)
+    assert_same_hidden_states(model, reference, *random_tokens(300))
+    exported = model.family.stock(minicpm)
+    assert exported["model_type"] == "granite"
     for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
-        assert written[name] == pytest.approx(stock[name], rel=1e-15)
-    assert not {"scale_emb", "scale_depth", "dim_model_base"} & set(written)
+        assert exported[name] == pytest.approx(stock[name], rel=1e-15)
+    assert not {"scale_emb", "scale_depth", "dim_model_base"} & set(exported)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_hidden_states_of_smollm2_are_those_of_transformers(attention, smollm2):
-    # It has tokens with a state of 900, where float32 numbers lie 6e-5 apart; a single layer of transformers in
-    # float32 differs there from float64 by 1.9e-4 (ours: 3.4e-4).  Random tokens amplify rounding some sixtyfold.
+def test_smollm2_hidden_states_match_transformers(attention, smollm2):
+    # Some states of SmolLM2 are about 900, where adjacent float32 numbers differ by 6e-5. There, a single layer in
+    # float32 deviates from float64 by 1.9e-4 in transformers and by 3.4e-4 here. The text is real because random tokens
+    # amplify rounding errors about 60 times.
     text = (QUICKSTART / "data" / "train" / "ir" / "encyclopedia.jsonl").read_text(encoding="utf-8")
     assert_same(smollm2, attention, relative=True, text=text)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, tokenizer_files):
+def test_packed_and_padded_texts_have_equal_embeddings(attention, tmp_path, tokenizer_files):
     torch.manual_seed(1)
     qwen3().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
-    ours = open_folder(tmp_path, attention)
+    pretrained = open_folder(tmp_path, attention)
     random = np.random.default_rng(1)
     lengths = [5, 9, 3, 11]
     texts = [random.integers(3, 300, length) for length in lengths]
@@ -126,9 +133,9 @@ def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, token
     )
 
     def put(rows: TokenRows, row: int, start: int, segment: int, text: np.ndarray) -> None:
-        place = (row, slice(start, start + text.size))
-        rows.tokens[place], rows.positions[place], rows.segment_ids[place] = text, np.arange(text.size), segment
-        rows.pooling_mask[row, start + 1 : start + text.size] = 1  # the first token is prompt
+        index = (row, slice(start, start + text.size))
+        rows.tokens[index], rows.positions[index], rows.segment_ids[index] = text, np.arange(text.size), segment
+        rows.pooling_mask[row, start + 1 : start + text.size] = 1  # the first token is the prompt
 
     for i, text in enumerate(texts):
         put(padded, i, 0, 1, text)
@@ -136,14 +143,16 @@ def test_packed_texts_have_the_vectors_of_padded_ones(attention, tmp_path, token
     put(packed, 0, 5, 2, texts[1])
     put(packed, 1, 0, 1, texts[2])
     put(packed, 1, 3, 2, texts[3])
-    model = nnx.merge(ours.graph, ours.load())
-    for one, many in zip(embed_with_middle(model, padded), embed_with_middle(model, packed, slots=2), strict=True):
-        np.testing.assert_allclose(many, one, atol=2e-6)
+    model = nnx.merge(pretrained.graph, pretrained.load())
+    for actual, expected in zip(
+        embed_with_middle(model, packed, slots=2), embed_with_middle(model, padded), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
     np.testing.assert_array_equal(embed(model, padded), embed_with_middle(model, padded)[0])
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_remat_changes_no_gradient(remat, tmp_path, tokenizer_files):
+def test_remat_does_not_change_gradients(remat, tmp_path, tokenizer_files):
     torch.manual_seed(2)
     qwen3().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
@@ -152,30 +161,35 @@ def test_remat_changes_no_gradient(remat, tmp_path, tokenizer_files):
 
     def gradient(remat: str):
         settings = ModelSettings(path=str(tmp_path), compute_dtype="float32", remat=remat)
-        ours = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
-        return jax.grad(lambda params: jnp.sum(embed(nnx.merge(ours.graph, params), rows)[:, :5]))(ours.load())
+        pretrained = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
 
-    for expected, found in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        def loss(params):
+            return jnp.sum(embed(nnx.merge(pretrained.graph, params), rows)[:, :5])
+
+        return jax.grad(loss)(pretrained.load())
+
+    for actual, expected in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient("none")), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_bfloat16_stays_close_to_float32(tmp_path, tokenizer_files):
+def test_bfloat16_embeddings_are_close_to_float32(tmp_path, tokenizer_files):
     torch.manual_seed(3)
     qwen3().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
     tokens, mask = random_tokens(300)
-    vectors = {}
+    embeddings = {}
     for dtype in ("float32", "bfloat16"):
         settings = ModelSettings(path=str(tmp_path), compute_dtype=dtype)
-        ours = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
-        vectors[dtype] = np.asarray(unit(embed(nnx.merge(ours.graph, ours.load()), as_rows(tokens, mask))))
-        assert vectors[dtype].dtype == np.float32
-    cosine = np.sum(vectors["float32"] * vectors["bfloat16"], axis=1)
+        pretrained = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
+        model = nnx.merge(pretrained.graph, pretrained.load())
+        embeddings[dtype] = np.asarray(l2_normalize(embed(model, as_rows(tokens, mask))))
+        assert embeddings[dtype].dtype == np.float32
+    cosine = np.sum(embeddings["float32"] * embeddings["bfloat16"], axis=1)
     assert cosine.min() > 0.995
-    assert cosine.min() < 1 - 1e-7  # it did compute in bfloat16
+    assert cosine.min() < 1 - 1e-7  # the model did compute in bfloat16
 
 
-def test_gradient_of_a_frequent_token_is_summed_in_float32(tmp_path, tokenizer_files):
+def test_embedding_gradients_accumulate_in_float32(tmp_path, tokenizer_files):
     torch.manual_seed(4)
     qwen3().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
@@ -183,15 +197,15 @@ def test_gradient_of_a_frequent_token_is_summed_in_float32(tmp_path, tokenizer_f
     gradients = {}
     for dtype in ("float32", "bfloat16"):
         settings = ModelSettings(path=str(tmp_path), compute_dtype=dtype)
-        ours = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
+        pretrained = open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
         rows = as_rows(tokens, np.ones_like(tokens))
 
-        def loss(params, ours=ours, rows=rows):
-            hidden, _ = nnx.merge(ours.graph, params)(rows, 0, lambda _: ())
+        def loss(params, pretrained=pretrained, rows=rows):
+            hidden, _ = nnx.merge(pretrained.graph, params)(rows, 0, lambda _: ())
             return jnp.sum(hidden[..., :5].astype(jnp.float32))
 
-        gradients[dtype] = np.asarray(jax.grad(loss)(ours.load())["embedding"][7])
-    # Summed in bfloat16, 3200 equal terms would stall at about 256 of them.
+        gradients[dtype] = np.asarray(jax.grad(loss)(pretrained.load())["embedding"][7])
+    # In bfloat16, a sum of equal terms stops growing after about 256 of the 3200 terms.
     np.testing.assert_allclose(
         gradients["bfloat16"], gradients["float32"], rtol=0.1, atol=0.03 * np.abs(gradients["float32"]).max()
     )

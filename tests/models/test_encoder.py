@@ -1,4 +1,4 @@
-"""The encoder against transformers, on weights written by transformers; dropout against its formula."""
+"""Tests the encoder against transformers with weights written by transformers."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForPreTraining, BertModel, XLMRobertaCo
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.models.embed import embed, embed_with_middle
-from tests.models.parity import as_rows, assert_same_hidden_states, open_folder, random_tokens, read_theirs
+from tests.models.parity import as_rows, assert_same_hidden_states, load_reference, open_folder, random_tokens
 
 TINY = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -20,7 +20,7 @@ TINY = {
 PASSAGE = "The committee met in the spring to settle the budget and heard the reports of the working groups. "
 
 
-def write(folder: Path, kind: str, activation: str = "gelu") -> None:
+def write_model(folder: Path, kind: str, activation: str = "gelu") -> None:
     torch.manual_seed(0)
     if kind == "bert":
         model = BertModel(BertConfig(**TINY, hidden_act=activation))
@@ -36,43 +36,43 @@ def write(folder: Path, kind: str, activation: str = "gelu") -> None:
         )
         model = XLMRobertaForMaskedLM(config)
     for name, weight in model.named_parameters():
-        if "LayerNorm" in name or "bias" in name:  # ones and zeros otherwise
+        if "LayerNorm" in name or "bias" in name:  # ones and zeros by default
             torch.nn.init.normal_(weight, 1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.3)
     model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
-def test_hidden_states_are_those_of_transformers(kind, activation, tmp_path, tokenizer_files):
-    write(tmp_path, kind, activation)
+def test_hidden_states_match_transformers(kind, activation, tmp_path, tokenizer_files):
+    write_model(tmp_path, kind, activation)
     tokenizer_files(tmp_path)
-    ours = open_folder(tmp_path)
-    assert_same_hidden_states(ours, read_theirs(tmp_path), *random_tokens(ours.config.vocab_size))
+    model = open_folder(tmp_path)
+    assert_same_hidden_states(model, load_reference(tmp_path), *random_tokens(model.config.vocab_size))
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
-def test_all_positions_are_those_of_transformers(kind, tmp_path, tokenizer_files):
-    write(tmp_path, kind)
+def test_longest_text_matches_transformers(kind, tmp_path, tokenizer_files):
+    write_model(tmp_path, kind)
     tokenizer_files(tmp_path)
-    ours = open_folder(tmp_path)
-    assert ours.config.max_positions == 512
+    model = open_folder(tmp_path)
+    assert model.config.max_positions == 512
     tokens = np.random.default_rng(1).integers(3, 300, (1, 512))
-    assert_same_hidden_states(ours, read_theirs(tmp_path), tokens, np.ones((1, 512), bool))
+    assert_same_hidden_states(model, load_reference(tmp_path), tokens, np.ones((1, 512), bool))
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
-def test_padding_tokens_inside_a_text_have_the_positions_of_transformers(kind, tmp_path, tokenizer_files):
-    """An XLM-RoBERTa does not count a literal <pad> that a text holds."""
-    write(tmp_path, kind)
+def test_texts_with_padding_tokens_match_transformers(kind, tmp_path, tokenizer_files):
+    """XLM-RoBERTa does not count literal <pad> tokens in a text as positions."""
+    write_model(tmp_path, kind)
     tokenizer_files(tmp_path)
-    ours = open_folder(tmp_path)
+    pretrained = open_folder(tmp_path)
     tokens, mask = random_tokens(300)
-    inside = np.random.default_rng(2).random(tokens.shape) < 0.1
-    tokens = np.where(mask & inside, 2, tokens)
+    is_pad = np.random.default_rng(2).random(tokens.shape) < 0.1
+    tokens = np.where(mask & is_pad, 2, tokens)
     tokens[2, :2] = 2
     assert (tokens[mask] == 2).sum() > 40
-    assert_same_hidden_states(ours, read_theirs(tmp_path), np.where(mask, tokens, 2), mask)
-    model = nnx.merge(ours.graph, ours.load())
+    assert_same_hidden_states(pretrained, load_reference(tmp_path), np.where(mask, tokens, 2), mask)
+    model = nnx.merge(pretrained.graph, pretrained.load())
     padded = as_rows(tokens[1:3, :140], mask[1:3, :140])
     packed = TokenRows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
     packed.segment_ids[0, 7:138] = 2
@@ -80,10 +80,11 @@ def test_padding_tokens_inside_a_text_have_the_positions_of_transformers(kind, t
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
-def test_padding_on_the_left_is_no_different(kind, tmp_path, tokenizer_files):
-    write(tmp_path, kind)
+def test_left_and_right_padding_give_equal_embeddings(kind, tmp_path, tokenizer_files):
+    write_model(tmp_path, kind)
     tokenizer_files(tmp_path)
-    model = nnx.merge((folder := open_folder(tmp_path, pooling="cls")).graph, folder.load())
+    pretrained = open_folder(tmp_path, pooling="cls")
+    model = nnx.merge(pretrained.graph, pretrained.load())
     tokens, mask = random_tokens(300)
     right = embed(model, as_rows(tokens, mask))
     shifted = np.zeros_like(tokens)
@@ -93,50 +94,50 @@ def test_padding_on_the_left_is_no_different(kind, tmp_path, tokenizer_files):
     np.testing.assert_allclose(left, right, atol=2e-6)
 
 
-def test_minilm_on_real_text(minilm):
-    ours = open_folder(minilm)
-    tokenizer = ours.blueprint.tokenizer().backend_tokenizer
+def test_minilm_hidden_states_match_transformers(minilm):
+    model = open_folder(minilm)
+    tokenizer = model.blueprint.tokenizer().backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
     texts = ["[CLS]" + (PASSAGE * 40)[: 4 * n] + "[SEP]" for n in (500, 40, 130)]
     ids = [tokenizer.encode(text, add_special_tokens=False).ids[:500] for text in texts]
     tokens, mask = np.zeros((3, 500), int), np.zeros((3, 500), bool)
-    for row, found in enumerate(ids):
-        tokens[row, : len(found)], mask[row, : len(found)] = found, True
+    for row, row_ids in enumerate(ids):
+        tokens[row, : len(row_ids)], mask[row, : len(row_ids)] = row_ids, True
     assert mask.sum(axis=1).max() > 350
-    assert_same_hidden_states(ours, read_theirs(minilm), tokens, mask)
+    assert_same_hidden_states(model, load_reference(minilm), tokens, mask)
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last_token", "weighted_mean"])
-def test_packed_texts_have_the_vectors_of_padded_ones(kind, pooling, tmp_path, tokenizer_files):
-    write(tmp_path, kind)
+def test_packed_and_padded_texts_have_equal_embeddings(kind, pooling, tmp_path, tokenizer_files):
+    write_model(tmp_path, kind)
     tokenizer_files(tmp_path)
-    folder = open_folder(tmp_path, pooling=pooling)
-    model = nnx.merge(folder.graph, folder.load())
+    pretrained = open_folder(tmp_path, pooling=pooling)
+    model = nnx.merge(pretrained.graph, pretrained.load())
     tokens, mask = random_tokens(300)
     tokens, mask = tokens[1:3, :140], mask[1:3, :140]  # 7 and 131 tokens
     padded = as_rows(tokens, mask)
     packed = TokenRows(*(np.concatenate([x[0, :7], x[1, :131], [0, 0]])[None] for x in padded))
     packed.segment_ids[0, 7:138] = 2
-    for one, many in zip(embed_with_middle(model, padded), embed_with_middle(model, packed, slots=2), strict=True):
-        np.testing.assert_allclose(one, many, atol=3e-5)
+    for actual, expected in zip(
+        embed_with_middle(model, padded), embed_with_middle(model, packed, slots=2), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, atol=3e-5)
 
 
-def test_what_training_does_not_use_is_told_and_kept(tmp_path, tokenizer_files):
-    write(tmp_path, "bert-pretraining")
+def test_unused_weights_are_passed_through(tmp_path, tokenizer_files):
+    write_model(tmp_path, "bert-pretraining")
     tokenizer_files(tmp_path)
     model = open_folder(tmp_path)
     assert model.blueprint.prefix == "bert."
-    kept = model.stream_passthrough()
-    assert {"bert.pooler.dense.weight", "cls.predictions.transform.dense.weight", "cls.seq_relationship.bias"} <= set(
-        kept
-    )
+    names = {"bert.pooler.dense.weight", "cls.predictions.transform.dense.weight", "cls.seq_relationship.bias"}
+    assert names <= set(model.stream_passthrough())
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
-def test_dropout_is_that_of_the_config_unless_overridden(kind, tmp_path, tokenizer_files):
-    write(tmp_path, kind)
+def test_dropout_comes_from_the_config_unless_overridden(kind, tmp_path, tokenizer_files):
+    write_model(tmp_path, kind)
     tokenizer_files(tmp_path)
     rates = {
         value: (config.hidden_dropout, config.attention_dropout, config.has_dropout)
@@ -147,10 +148,10 @@ def test_dropout_is_that_of_the_config_unless_overridden(kind, tmp_path, tokeniz
     tokens, mask = random_tokens(300)
     rows = as_rows(tokens[1:], mask[1:])
     keys = jax.random.split(jax.random.key(3), rows.tokens.shape)
-    folder = open_folder(tmp_path)
-    model = nnx.merge(folder.graph, folder.load())
+    pretrained = open_folder(tmp_path)
+    model = nnx.merge(pretrained.graph, pretrained.load())
     plain, dropped = embed(model, rows), embed(model, rows, dropout_keys=keys)
     assert np.abs(plain - dropped).max() > 0.01
     np.testing.assert_array_equal(dropped, embed(model, rows, dropout_keys=keys))
-    without = nnx.merge(open_folder(tmp_path, dropout=0.0).graph, folder.load())
-    np.testing.assert_array_equal(embed(without, rows, dropout_keys=keys), embed(without, rows))
+    no_dropout = nnx.merge(open_folder(tmp_path, dropout=0.0).graph, pretrained.load())
+    np.testing.assert_array_equal(embed(no_dropout, rows, dropout_keys=keys), embed(no_dropout, rows))

@@ -1,4 +1,4 @@
-"""Objectives are tested in float64, where formulas can be told from rounding."""
+"""Runs the tests of objectives in float64, where formulas can be compared to within rounding errors."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Objectives on simulated meshes: a batch, the layouts of its groups on devices, and what must not depend on them."""
+"""Test batches, and helpers that compare objectives with and without a mesh."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ from codiemb_jax.objectives.registry import Compute
 
 AXES = ("data", "fsdp")
 B, DIM, POSITIVES, NEGATIVES = 24, 8, 2, 3
-# (mesh, size of a group): smaller than a shard, equal to it, larger, and lying across its borders.
+# (mesh shape, group size): groups are smaller than, equal to or larger than a shard, or cross its boundaries.
 LAYOUTS = [
     ((1, 1), 8),
     ((2, 1), 8),
@@ -33,7 +33,7 @@ def vectors(rng, *shape):
 
 @cache
 def ir_batch():
-    """queries, passages, present."""
+    """Returns queries, passages and `present`."""
     rng = np.random.default_rng(0)
     passages = vectors(rng, B * (POSITIVES + NEGATIVES), DIM).reshape(B, POSITIVES + NEGATIVES, DIM)
     return vectors(rng, B, DIM), passages, rng.random((B, NEGATIVES)) < 0.8
@@ -41,7 +41,7 @@ def ir_batch():
 
 @cache
 def sts_batch():
-    """first, second, first of the middle, second of the middle, scores."""
+    """Returns first and second texts, first and second texts of the middle layer, and scores."""
     rng = np.random.default_rng(1)
     return *(vectors(rng, B, DIM) for _ in range(4)), rng.integers(0, 5, B) / 4
 
@@ -51,33 +51,33 @@ def ir_examples(queries, passages, present) -> Examples:
 
 
 def sts_examples(first, second, middle_first, middle_second, scores) -> Examples:
-    """Pairs; `middle_first` None: without a middle layer."""
+    """Returns examples of pairs, without a middle layer if `middle_first` is None."""
     middle = None if middle_first is None else (middle_first, middle_second[:, None])
     return Examples(first, second[:, None], np.zeros((len(first), 0), bool), scores, middle)
 
 
 def values_and_grads(loss, inputs):
-    """((loss, parts), gradients of the inputs)."""
+    """Returns ((loss, parts), gradients with respect to the inputs)."""
     return jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True))(*inputs)
 
 
 def ir_loss(compute):
-    """Queries and passages -> loss and parts of the batch."""
+    """Returns a function from queries and passages to (loss, parts)."""
     return lambda queries, passages: compute(ir_examples(queries, passages, ir_batch()[2]))
 
 
 def sts_loss(compute):
-    """First and second texts, then both of the middle layer -> loss and parts of the batch."""
+    """Returns a function from first and second texts, of the final and the middle layer, to (loss, parts)."""
     return lambda *texts: compute(sts_examples(*texts, sts_batch()[4]))
 
 
-def on_one(objective: Compute, settings: ObjectiveSettings, size: int | None):
-    """The objective without a mesh."""
+def without_mesh(objective: Compute, settings: ObjectiveSettings, size: int | None):
+    """Returns the objective without a mesh."""
     return lambda examples: objective(examples, settings, Groups(size))
 
 
-def per_device(objective: Compute, settings: ObjectiveSettings, size: int | None, shape: tuple[int, int]):
-    """The objective on a (data, fsdp) mesh, the examples cut along their leading axis."""
+def on_mesh(objective: Compute, settings: ObjectiveSettings, size: int | None, shape: tuple[int, int]):
+    """Returns the objective on a (data, fsdp) mesh, over which the examples are sharded."""
     devices = jax.devices()[: shape[0] * shape[1]]
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
     return jax.shard_map(
@@ -89,14 +89,14 @@ def per_device(objective: Compute, settings: ObjectiveSettings, size: int | None
     )
 
 
-def assert_same(got, expected):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
-def assert_same_on_devices(loss, inputs, shape, size, expected):
-    """Value and gradients are those of no mesh, and only what does not lie on one device is gathered."""
+def assert_same_on_mesh(loss, inputs, shape, size, expected):
+    """Asserts that value and gradients equal those without a mesh, and that only groups across devices are gathered."""
     traced = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True)).trace(*inputs)
     assert_same(traced.lower().compile()(*inputs), expected)
     shard = B // (shape[0] * shape[1])

@@ -1,4 +1,4 @@
-"""CoSENT and, for similarity, InfoNCE: against loops, sentence-transformers, and on any number of devices."""
+"""Tests CoSENT and InfoNCE for STS against loops and sentence-transformers, and on several meshes."""
 
 from functools import cache
 
@@ -21,17 +21,17 @@ from tests.objectives.layouts import (
     NEGATIVES,
     POSITIVES,
     B,
-    assert_same_on_devices,
+    assert_same_on_mesh,
     ir_batch,
     ir_examples,
     ir_loss,
-    on_one,
-    per_device,
+    on_mesh,
     sts_batch,
     sts_examples,
     sts_loss,
     values_and_grads,
     vectors,
+    without_mesh,
 )
 
 HYPOTHESIS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -47,7 +47,7 @@ def log_sum_exp(terms):
 
 
 def looped_cosent(similarity, labels, temperature):
-    """The loss, and its gradient by the similarities: each term's share of the sum, divided by the temperature."""
+    """Returns the loss and its gradient with respect to the similarities."""
     pairs = [(i, j) for i in range(len(labels)) for j in range(len(labels)) if labels[i] > labels[j]]
     terms = [(similarity[j] - similarity[i]) / temperature for i, j in pairs]
     loss = log_sum_exp([0.0, *terms])
@@ -58,88 +58,89 @@ def looped_cosent(similarity, labels, temperature):
     return loss, gradient
 
 
-def their_cosent(similarity, labels):
-    """sentence-transformers' loss of given similarities at its default scale of 20, and its gradient."""
+def reference_cosent(similarity, labels):
+    """Returns the loss of sentence-transformers at its default scale of 20, and its gradient."""
     x = torch.tensor(similarity, dtype=torch.float64, requires_grad=True)
-    loss_of = CoSENTLoss(None, scale=20.0, similarity_fct=lambda first, _: first)
-    loss = loss_of.compute_loss_from_embeddings([x, x], torch.tensor(labels, dtype=torch.float64))
+    criterion = CoSENTLoss(None, scale=20.0, similarity_fct=lambda first, _: first)
+    loss = criterion.compute_loss_from_embeddings([x, x], torch.tensor(labels, dtype=torch.float64))
     loss.backward()
     return loss.item(), x.grad.numpy()
 
 
 def looped_cosent_ir(queries, passages, present, size, temperature):
-    """The mean over pools, and its gradients by queries and passages."""
+    """Returns the mean over pools and its gradients with respect to queries and passages."""
     losses, gradients = [], (np.zeros(queries.shape), np.zeros(passages.shape))
     positives = passages.shape[1] - present.shape[1]
     for start in range(0, len(queries), size):
-        places = [
+        pairs = [
             (i, t)
             for i in range(start, start + size)
             for t in range(passages.shape[1])
             if t < positives or present[i, t - positives]
         ]
-        similarity = [queries[i] @ passages[i, t] for i, t in places]
-        loss, gradient = looped_cosent(similarity, [float(t < positives) for _, t in places], temperature)
+        similarity = [queries[i] @ passages[i, t] for i, t in pairs]
+        loss, gradient = looped_cosent(similarity, [float(t < positives) for _, t in pairs], temperature)
         losses.append(loss)
-        for (i, t), own in zip(places, gradient * size / len(queries), strict=True):
-            gradients[0][i] += own * passages[i, t]
-            gradients[1][i, t] += own * queries[i]
+        for (i, t), pair_gradient in zip(pairs, gradient * size / len(queries), strict=True):
+            gradients[0][i] += pair_gradient * passages[i, t]
+            gradients[1][i, t] += pair_gradient * queries[i]
     return np.mean(losses), gradients
 
 
 def looped_cosent_sts(first, second, scores, size, temperature):
-    """The mean over lists, and its gradients by both texts."""
+    """Returns the mean over lists and its gradients with respect to first and second texts."""
     losses, gradients = [], (np.zeros(first.shape), np.zeros(second.shape))
     for start in range(0, len(scores), size):
-        own = range(start, start + size)
-        loss, gradient = looped_cosent([first[i] @ second[i] for i in own], scores[start : start + size], temperature)
+        pairs = range(start, start + size)
+        similarity = [first[i] @ second[i] for i in pairs]
+        loss, gradient = looped_cosent(similarity, scores[start : start + size], temperature)
         losses.append(loss)
-        for i, of_pair in zip(own, gradient * size / len(scores), strict=True):
-            gradients[0][i] += of_pair * second[i]
-            gradients[1][i] += of_pair * first[i]
+        for i, pair_gradient in zip(pairs, gradient * size / len(scores), strict=True):
+            gradients[0][i] += pair_gradient * second[i]
+            gradients[1][i] += pair_gradient * first[i]
     return np.mean(losses), gradients
 
 
 def looped_info_nce_sts(first, second, scores, size, temperature, threshold):
-    """The mean over lists, and its gradients by both texts."""
+    """Returns the mean over lists and its gradients with respect to first and second texts."""
     losses, gradients = [], (np.zeros(first.shape), np.zeros(second.shape))
     for start in range(0, len(scores), size):
-        own = range(start, start + size)
-        alike = [i for i in own if scores[i] >= threshold]
-        of_list = []
-        for i in alike:
-            logits = np.array([first[i] @ second[j] for j in own]) / temperature
+        pairs = range(start, start + size)
+        positives = [i for i in pairs if scores[i] >= threshold]
+        list_losses = []
+        for i in positives:
+            logits = np.array([first[i] @ second[j] for j in pairs]) / temperature
             total = log_sum_exp(logits)
-            of_list.append(total - logits[i - start])
-            weight = size / len(scores) / len(alike) / temperature
-            for j, logit in zip(own, logits, strict=True):
-                excess = weight * (np.exp(logit - total) - (i == j))
-                gradients[0][i] += excess * second[j]
-                gradients[1][j] += excess * first[i]
-        losses.append(np.mean(of_list) if of_list else 0.0)
+            list_losses.append(total - logits[i - start])
+            weight = size / len(scores) / len(positives) / temperature
+            for j, logit in zip(pairs, logits, strict=True):
+                logit_gradient = weight * (np.exp(logit - total) - (i == j))
+                gradients[0][i] += logit_gradient * second[j]
+                gradients[1][j] += logit_gradient * first[i]
+        losses.append(np.mean(list_losses) if list_losses else 0.0)
     return np.mean(losses), gradients
 
 
 def central_differences(function, x, step=1e-6):
-    """The gradient of a function of an array, one element after another."""
+    """Returns the numerical gradient of a scalar function of an array."""
     gradient = np.zeros(x.shape)
-    for place in np.ndindex(x.shape):
+    for index in np.ndindex(x.shape):
         values = []
         for sign in (1, -1):
-            moved = np.array(x)
-            moved[place] += sign * step
-            values.append(float(function(moved)))
-        gradient[place] = (values[0] - values[1]) / (2 * step)
+            shifted = np.array(x)
+            shifted[index] += sign * step
+            values.append(float(function(shifted)))
+        gradient[index] = (values[0] - values[1]) / (2 * step)
     return gradient
 
 
-def assert_close(got, expected, rtol=1e-11, atol=1e-11):
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert_allclose(one, other, rtol=rtol, atol=atol)
+def assert_close(actual, expected, rtol=1e-11, atol=1e-11):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
 def lists(*sizes):
-    """Similarities in [-1, 1] and labels, both with ties, for lists of these sizes."""
+    """Draws similarities in [-1, 1] and labels, both with ties, for lists of these sizes."""
     similarity = st.integers(-20, 20).map(lambda i: i / 20) | st.floats(-1, 1)
     labels = st.sampled_from([[0.0, 1.0], [2.5], [0.0, 0.5, 1.0, 5.0], [-1.0, -0.25, 1e6]])
     return st.tuples(st.sampled_from(sizes), labels).flatmap(
@@ -152,17 +153,17 @@ def lists(*sizes):
 
 @HYPOTHESIS
 @given(lists(1, 2, 5, 9), st.sampled_from(TEMPERATURES))
-def test_cosent_equals_loops(pairs, temperature):
+def test_cosent_matches_loops(pairs, temperature):
     assert_close(compiled_cosent(*pairs, temperature), looped_cosent(*pairs, temperature))
 
 
 @HYPOTHESIS
 @given(lists(1, 2, 5, 9, 32))
-def test_cosent_equals_sentence_transformers(pairs):
-    assert_close(compiled_cosent(*pairs, 0.05), their_cosent(*pairs))
+def test_cosent_matches_sentence_transformers(pairs):
+    assert_close(compiled_cosent(*pairs, 0.05), reference_cosent(*pairs))
 
 
-def test_the_gradients_are_those_of_central_differences():
+def test_loss_gradients_match_central_differences():
     rng = np.random.default_rng(0)
     similarity, labels = rng.uniform(-1, 1, 7), np.array([0.0, 1.0, 1.0, 0.5, 3.0, 0.0, 0.5])
     numeric = central_differences(lambda x: compiled_cosent(x, labels, 0.05)[0], similarity)
@@ -176,10 +177,10 @@ def test_the_gradients_are_those_of_central_differences():
 
 @HYPOTHESIS
 @given(lists(2, 5, 9), st.sampled_from(TEMPERATURES), st.randoms(use_true_random=False))
-def test_cosent_is_a_matter_of_the_order_of_labels(pairs, temperature, random):
+def test_cosent_depends_only_on_the_order_of_labels(pairs, temperature, random):
     similarity, labels = pairs
     expected = compiled_cosent(similarity, labels, temperature)
-    # Neither how far labels are apart matters, nor where the similarities lie, nor in what order pairs come.
+    # Distances of labels, an offset of the similarities and the order of pairs do not matter.
     _, ranks = np.unique(labels, return_inverse=True)
     assert_close(compiled_cosent(similarity, ranks**2 - 5.0, temperature), expected)
     shifted = compiled_cosent(similarity + 0.5, labels, temperature)
@@ -191,12 +192,12 @@ def test_cosent_is_a_matter_of_the_order_of_labels(pairs, temperature, random):
 
 @HYPOTHESIS
 @given(lists(1, 2, 5, 9, 16), st.sampled_from(TEMPERATURES), st.integers(0, 2**32 - 1), st.sampled_from([0, 0.7, 1]))
-def test_binary_cosent_equals_loops_over_the_present_pairs(pairs, temperature, seed, density):
+def test_binary_cosent_matches_loops_over_present_pairs(pairs, temperature, seed, density):
     similarity, labels = pairs
     positive, present = labels > 0.5, np.random.default_rng(seed).random(len(labels)) < density
     value, gradient = compiled_binary(similarity, positive, present, temperature)
-    expected, of_present = looped_cosent(similarity[present], positive[present].astype(float), temperature)
-    assert_close((value, gradient[present]), (expected, of_present))
+    expected = looped_cosent(similarity[present], positive[present].astype(float), temperature)
+    assert_close((value, gradient[present]), expected)
     assert_array_equal(gradient[~present], 0)
     if not (positive & present).any() or not (~positive & present).any():
         assert value == 0
@@ -205,16 +206,16 @@ def test_binary_cosent_equals_loops_over_the_present_pairs(pairs, temperature, s
 
 @HYPOTHESIS
 @given(lists(1, 2, 5, 9, 32))
-def test_binary_cosent_equals_sentence_transformers(pairs):
+def test_binary_cosent_matches_sentence_transformers(pairs):
     similarity, labels = pairs
     positive = labels > 0.5
-    expected = their_cosent(similarity, positive.astype(float))
+    expected = reference_cosent(similarity, positive.astype(float))
     assert_close(compiled_binary(similarity, positive, np.ones(len(labels), bool), 0.05), expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [1, 7, 32])
-def test_equal_labels_give_zero(n, dtype):
+def test_equal_labels_give_zero_loss(n, dtype):
     similarity = np.random.default_rng(n).uniform(-1, 1, n).astype(dtype)
     for label in (0.0, 0.7, 5.0):
         value, gradient = compiled_cosent(similarity, np.full(n, label, dtype), 0.05)
@@ -233,16 +234,16 @@ def test_equal_labels_give_zero(n, dtype):
 @pytest.mark.parametrize("temperature", [1e-5, 0.05])
 @pytest.mark.parametrize("similarity", [-1.0, 0.0, 0.3, 1.0])
 def test_equal_similarities(similarity, temperature, dtype):
-    """Each of 3 x 4 terms is exp(0), however large the similarities are beside the temperature."""
+    """All 3 x 4 terms are exp(0), regardless of the ratio of similarity and temperature."""
     similarities, positive, present = np.full(8, similarity, dtype), np.arange(8) < 4, np.arange(8) != 2
-    # Each of the 3 present positives is compared with 4 others, each of those with 3.
+    # Each of the 3 present positives is compared with 4 negatives, and each negative with 3 positives.
     expected = np.where(positive, -4, 3) / 13 / temperature * present
     eps = float(np.finfo(dtype).eps)
     value, gradient = compiled_cosent(similarities[present], positive[present].astype(dtype), temperature)
     assert value.dtype == gradient.dtype == dtype
     assert_allclose(value, np.log(13), rtol=4 * eps)
     assert_allclose(gradient, expected[present], rtol=16 * eps)
-    # Sums of their own for positives and negatives round what is as large as similarity / temperature.
+    # Separate sums over positives and negatives have rounding errors relative to similarity / temperature.
     rounding = 16 * eps * max(1, abs(similarity) / temperature)
     value, gradient = compiled_binary(similarities, positive, present, temperature)
     assert value.dtype == gradient.dtype == dtype
@@ -250,10 +251,10 @@ def test_equal_similarities(similarity, temperature, dtype):
     assert_allclose(gradient, expected, rtol=rounding)
 
 
-def test_no_nan_on_the_way():
+def test_no_intermediate_nan():
     x = np.random.default_rng(1).uniform(-1, 1, 4)
     mixed = np.array([True, False, True, False])
-    with jax.debug_nans(True):  # looks at every operation, as long as nothing is compiled
+    with jax.debug_nans(True):  # checks every operation, because nothing is jitted
         for labels in (np.zeros(4), np.arange(4.0)):
             assert np.isfinite(jax.grad(cosent)(x, labels, 0.02)).all()
         for positive in (mixed, mixed | True, mixed & False):
@@ -261,28 +262,28 @@ def test_no_nan_on_the_way():
                 assert np.isfinite(jax.grad(binary_cosent)(x, positive, present, 0.02)).all()
 
 
-def test_float32_stays_finite_at_the_extremes():
+def test_float32_is_accurate_at_extreme_similarities():
     similarity = np.array([1, -1, 1, -1, 0, 1], np.float32)
     for labels in (np.array([0, 1, 0, 1, 0, 0], np.float32), np.array([1, 0, 1, 0, 0, 1], np.float32)):
         for temperature in (0.001, 0.02):
-            value, gradient = compiled_cosent(similarity, labels, temperature)
+            general = compiled_cosent(similarity, labels, temperature)
             binary = compiled_binary(similarity, labels > 0, np.ones(6, bool), temperature)
             expected, expected_gradient = looped_cosent(similarity.astype(float), labels, temperature)
-            for loss, grad in ((value, gradient), binary):
-                assert loss.dtype == grad.dtype == np.float32
+            for loss, gradient in (general, binary):
+                assert loss.dtype == gradient.dtype == np.float32
                 assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
-                assert_allclose(grad, expected_gradient, rtol=1e-4, atol=1e-4)
+                assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
 @cache
 def compiled(objective, size, **changes):
-    """Two inputs and what belongs to them -> (loss, parts), and the gradients by the inputs."""
-    compute = on_one(objective, ObjectiveSettings(**changes), size)
+    """Returns a function from two inputs and `present` or scores to (loss, parts) and gradients of the inputs."""
+    compute = without_mesh(objective, ObjectiveSettings(**changes), size)
 
-    def loss(one, other, third):
+    def loss(first, second, third):
         if objective is cosent_ir:
-            return compute(ir_examples(one, other, third))
-        return compute(sts_examples(one, other, None, None, third))
+            return compute(ir_examples(first, second, third))
+        return compute(sts_examples(first, second, None, None, third))
 
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
@@ -295,11 +296,11 @@ def compiled(objective, size, **changes):
     ties=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_cosent_ir_equals_loops(shape, temperature, density, ties, seed):
+def test_cosent_ir_matches_loops(shape, temperature, density, ties, seed):
     b, size, positives, negatives = shape
     rng = np.random.default_rng(seed)
     queries, passages = vectors(rng, b, 4), vectors(rng, b, positives + negatives, 4)
-    if ties:  # a text that is both positive and negative, and an example twice
+    if ties:  # a text that is both positive and negative, and a duplicate example
         passages[:, -1] = passages[:, 0]
         queries[1], passages[1] = queries[0], passages[0]
     present = rng.random((b, negatives)) < density
@@ -315,100 +316,101 @@ def test_cosent_ir_equals_loops(shape, temperature, density, ties, seed):
     scores=st.sampled_from([2, 6]).flatmap(
         lambda n: st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=n, max_size=n).map(np.array)
     ),
-    lists_of=st.sampled_from([1, 2, None]),
+    list_size=st.sampled_from([1, 2, None]),
     temperature=st.sampled_from([0.02, 1.0]),
     ties=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_sts_objectives_equal_loops(scores, lists_of, temperature, ties, seed):
+def test_sts_objectives_match_loops(scores, list_size, temperature, ties, seed):
     rng = np.random.default_rng(seed)
     first, second = vectors(rng, 2, len(scores), 4)
-    if ties:  # a pair twice, and a text that is another's partner, too
+    if ties:  # a duplicate pair, and a second text that is in several pairs
         first[1], second[1] = first[0], second[0]
         second[-1] = second[0]
-    size = lists_of or len(scores)
+    size = list_size or len(scores)
     pairs = first, second, scores
-    compute = compiled(cosent_sts, lists_of, list_temperature=temperature, temperature=7.0)
+    compute = compiled(cosent_sts, list_size, list_temperature=temperature, temperature=7.0)
     (loss, parts), gradients = compute(*pairs)
     assert_close((loss, gradients), looped_cosent_sts(*pairs, size, temperature))
     assert list(parts) == ["cosent"] and parts["cosent"] == loss
     changes = {"temperature": temperature, "list_temperature": 7.0, "mid_info_nce_threshold": 0.5}
-    (loss, parts), gradients = compiled(info_nce_sts, lists_of, **changes)(*pairs)
+    (loss, parts), gradients = compiled(info_nce_sts, list_size, **changes)(*pairs)
     assert_close((loss, gradients), looped_info_nce_sts(*pairs, size, temperature, 0.5))
     assert list(parts) == ["info_nce"] and parts["info_nce"] == loss
 
 
 @pytest.mark.parametrize("objective", [cosent_ir, cosent_sts, info_nce_sts])
-def test_the_gradients_of_the_objectives_are_those_of_central_differences(objective):
+def test_objective_gradients_match_central_differences(objective):
     first, second, _, _, third = sts_batch()
     if objective is cosent_ir:
         first, second, third = ir_batch()
     first, second, third = first[:6], second[:6], third[:6]
     compute = compiled(objective, 3, temperature=0.2, mid_info_nce_threshold=0.5)  # far from saturation
     _, gradients = compute(first, second, third)
-    by_first = central_differences(lambda x: compute(x, second, third)[0][0], first)
-    by_second = central_differences(lambda x: compute(first, x, third)[0][0], second)
-    assert min(np.abs(by_first).max(), np.abs(by_second).max()) > 0.1
-    assert_allclose(gradients[0], by_first, rtol=1e-6, atol=1e-6)
-    assert_allclose(gradients[1], by_second, rtol=1e-6, atol=1e-6)
+    expected = (
+        central_differences(lambda x: compute(x, second, third)[0][0], first),
+        central_differences(lambda x: compute(first, x, third)[0][0], second),
+    )
+    assert min(np.abs(gradient).max() for gradient in expected) > 0.1
+    assert_close(gradients, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_cosent_sts_equals_sentence_transformers_on_vectors():
+def test_cosent_sts_matches_sentence_transformers():
     first, second, _, _, scores = sts_batch()
-    loss_of = CoSENTLoss(None, scale=20.0, similarity_fct=util.pairwise_dot_score)
-    theirs = [torch.tensor(texts, requires_grad=True) for texts in (first, second)]
-    expected = loss_of.compute_loss_from_embeddings(theirs, torch.tensor(scores))
+    criterion = CoSENTLoss(None, scale=20.0, similarity_fct=util.pairwise_dot_score)
+    tensors = [torch.tensor(texts, requires_grad=True) for texts in (first, second)]
+    expected = criterion.compute_loss_from_embeddings(tensors, torch.tensor(scores))
     expected.backward()
     (loss, _), gradients = compiled(cosent_sts, None)(first, second, scores)
-    assert_close((loss, gradients), (expected.item(), tuple(texts.grad.numpy() for texts in theirs)))
-    # Their default is the cosine, which is the same for vectors of length 1.
-    default = CoSENTLoss(None).compute_loss_from_embeddings(theirs, torch.tensor(scores))
+    assert_close((loss, gradients), (expected.item(), tuple(tensor.grad.numpy() for tensor in tensors)))
+    # The default of sentence-transformers is cosine similarity, which equals the dot product for unit vectors.
+    default = CoSENTLoss(None).compute_loss_from_embeddings(tensors, torch.tensor(scores))
     assert_allclose(loss, default.item(), rtol=1e-11)
 
 
-def test_cosent_ir_equals_sentence_transformers_on_pairs():
-    """Each query with each of its own passages, of all queries of a pool: label 1 for positives, 0 for negatives."""
+def test_cosent_ir_matches_sentence_transformers():
+    """Pairs each query with its own passages, with label 1 for positives and 0 for negatives."""
     queries, passages, present = ir_batch()
     assert not present.all()
-    everywhere = np.concatenate([np.ones((B, POSITIVES), bool), present], axis=1)
-    labels = np.broadcast_to(np.arange(POSITIVES + NEGATIVES) < POSITIVES, everywhere.shape)
-    theirs = [torch.tensor(texts, requires_grad=True) for texts in (queries, passages)]
-    pairs = [theirs[0][:, None].expand(*everywhere.shape, DIM)[everywhere], theirs[1][everywhere]]
-    loss_of = CoSENTLoss(None, scale=20.0, similarity_fct=util.pairwise_dot_score)
-    expected = loss_of.compute_loss_from_embeddings(pairs, torch.tensor(labels[everywhere], dtype=torch.float64))
+    mask = np.concatenate([np.ones((B, POSITIVES), bool), present], axis=1)
+    labels = np.broadcast_to(np.arange(POSITIVES + NEGATIVES) < POSITIVES, mask.shape)
+    tensors = [torch.tensor(texts, requires_grad=True) for texts in (queries, passages)]
+    pairs = [tensors[0][:, None].expand(*mask.shape, DIM)[mask], tensors[1][mask]]
+    criterion = CoSENTLoss(None, scale=20.0, similarity_fct=util.pairwise_dot_score)
+    expected = criterion.compute_loss_from_embeddings(pairs, torch.tensor(labels[mask], dtype=torch.float64))
     expected.backward()
     (loss, _), gradients = compiled(cosent_ir, None)(*ir_batch())
-    assert_close((loss, gradients), (expected.item(), tuple(texts.grad.numpy() for texts in theirs)))
+    assert_close((loss, gradients), (expected.item(), tuple(tensor.grad.numpy() for tensor in tensors)))
 
 
 @cache
 def unsharded_ir(size):
-    return values_and_grads(ir_loss(on_one(cosent_ir, SETTINGS, size)), ir_batch()[:2])
+    return values_and_grads(ir_loss(without_mesh(cosent_ir, SETTINGS, size)), ir_batch()[:2])
 
 
 @cache
 def unsharded_sts(objective, size):
-    return values_and_grads(sts_loss(on_one(objective, SETTINGS, size)), sts_batch()[:4])
+    return values_and_grads(sts_loss(without_mesh(objective, SETTINGS, size)), sts_batch()[:4])
 
 
 @pytest.mark.parametrize(("shape", "size"), LAYOUTS)
 def test_cosent_ir_does_not_depend_on_devices(shape, size):
-    sharded = per_device(cosent_ir, SETTINGS, size, shape)
-    assert_same_on_devices(ir_loss(sharded), ir_batch()[:2], shape, size, unsharded_ir(size))
+    sharded = on_mesh(cosent_ir, SETTINGS, size, shape)
+    assert_same_on_mesh(ir_loss(sharded), ir_batch()[:2], shape, size, unsharded_ir(size))
 
 
 @pytest.mark.parametrize("objective", [cosent_sts, info_nce_sts])
 @pytest.mark.parametrize(("shape", "size"), LAYOUTS)
 def test_sts_objectives_do_not_depend_on_devices(objective, shape, size):
-    sharded = per_device(objective, SETTINGS, size, shape)
+    sharded = on_mesh(objective, SETTINGS, size, shape)
     expected = unsharded_sts(objective, size)
     assert expected[0][0] > 0.1
-    assert_same_on_devices(sts_loss(sharded), sts_batch()[:4], shape, size, expected)
-    # Nothing is asked of the middle layer.
+    assert_same_on_mesh(sts_loss(sharded), sts_batch()[:4], shape, size, expected)
+    # The middle layer is not used.
     assert all((gradient == 0).all() for gradient in expected[1][2:])
 
 
-def test_a_batch_without_negatives_or_alike_pairs_teaches_nothing():
+def test_batches_without_contrast_have_zero_loss_and_gradients():
     queries, passages, present = ir_batch()
     (loss, _), gradients = compiled(cosent_ir, 8)(queries, passages, np.zeros_like(present))
     assert loss == 0
@@ -422,14 +424,14 @@ def test_a_batch_without_negatives_or_alike_pairs_teaches_nothing():
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_float32_stays_float32():
+def test_float32_inputs_give_float32_outputs():
     queries, passages, present = ir_batch()
     first, second, _, _, scores = (x.astype(np.float32) for x in sts_batch())
     examples = queries.astype(np.float32), passages.astype(np.float32), present
-    found = [(compiled(cosent_ir, 8)(*examples), unsharded_ir(8))]
+    results = [(compiled(cosent_ir, 8)(*examples), unsharded_ir(8))]
     for objective in (cosent_sts, info_nce_sts):
         value, gradients = unsharded_sts(objective, 8)
-        found.append((compiled(objective, 8)(first, second, scores), (value, gradients[:2])))
-    for got, expected in found:
-        assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype(np.float32)}
-        assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        results.append((compiled(objective, 8)(first, second, scores), (value, gradients[:2])))
+    for actual, expected in results:
+        assert {x.dtype for x in jax.tree.leaves(actual)} == {np.dtype(np.float32)}
+        assert_close(actual, expected, rtol=1e-4, atol=1e-5)

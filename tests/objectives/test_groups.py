@@ -1,4 +1,4 @@
-"""What IR and STS add up: the original's figures, pools and lists, and any number of devices."""
+"""Tests the objectives of CoDiEmb against golden values, by pool and list, and on several meshes."""
 
 from functools import cache
 from pathlib import Path
@@ -16,16 +16,16 @@ from tests.objectives.layouts import (
     LAYOUTS,
     B,
     assert_same,
-    assert_same_on_devices,
+    assert_same_on_mesh,
     ir_batch,
     ir_examples,
     ir_loss,
-    on_one,
-    per_device,
+    on_mesh,
     sts_batch,
     sts_examples,
     sts_loss,
     values_and_grads,
+    without_mesh,
 )
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "losses.npz")
@@ -36,52 +36,52 @@ in_batch_info_nce = jax.jit(contrastive.in_batch_info_nce)
 
 
 def ir(settings, size, *batch):
-    return jax.jit(on_one(info_nce_ir, settings, size))(ir_examples(*batch))
+    return jax.jit(without_mesh(info_nce_ir, settings, size))(ir_examples(*batch))
 
 
 def sts(settings, size, *batch):
-    return jax.jit(on_one(codi_sts, settings, size))(sts_examples(*batch))
+    return jax.jit(without_mesh(codi_sts, settings, size))(sts_examples(*batch))
 
 
 @cache
 def unsharded_ir(size):
-    return values_and_grads(ir_loss(on_one(info_nce_ir, IR_SETTINGS, size)), ir_batch()[:2])
+    return values_and_grads(ir_loss(without_mesh(info_nce_ir, IR_SETTINGS, size)), ir_batch()[:2])
 
 
 @cache
 def unsharded_sts(size):
-    return values_and_grads(sts_loss(on_one(codi_sts, ObjectiveSettings(), size)), sts_batch()[:4])
+    return values_and_grads(sts_loss(without_mesh(codi_sts, ObjectiveSettings(), size)), sts_batch()[:4])
 
 
 @pytest.mark.parametrize(("shape", "size"), LAYOUTS)
 def test_ir_does_not_depend_on_devices(shape, size):
-    sharded = per_device(info_nce_ir, IR_SETTINGS, size, shape)
-    assert_same_on_devices(ir_loss(sharded), ir_batch()[:2], shape, size, unsharded_ir(size))
+    sharded = on_mesh(info_nce_ir, IR_SETTINGS, size, shape)
+    assert_same_on_mesh(ir_loss(sharded), ir_batch()[:2], shape, size, unsharded_ir(size))
 
 
 @pytest.mark.parametrize(("shape", "size"), LAYOUTS)
 def test_sts_does_not_depend_on_devices(shape, size):
-    sharded = per_device(codi_sts, ObjectiveSettings(), size, shape)
-    assert_same_on_devices(sts_loss(sharded), sts_batch()[:4], shape, size, unsharded_sts(size))
+    sharded = on_mesh(codi_sts, ObjectiveSettings(), size, shape)
+    assert_same_on_mesh(sts_loss(sharded), sts_batch()[:4], shape, size, unsharded_sts(size))
 
 
-def test_ir_pools_are_separate_losses():
+def test_ir_loss_is_the_mean_over_pools():
     size = 8
     queries, passages, present = ir_batch()
-    compute = on_one(info_nce_ir, IR_SETTINGS, None)
+    compute = without_mesh(info_nce_ir, IR_SETTINGS, None)
 
-    def separately(queries, passages):
+    def mean_over_pools(queries, passages):
         pools = [slice(i, i + size) for i in range(0, B, size)]
         losses = [compute(ir_examples(queries[p], passages[p], present[p]))[0] for p in pools]
         return sum(losses) / len(losses)
 
-    expected, grads = jax.jit(jax.value_and_grad(separately, (0, 1)))(queries, passages)
+    expected, grads = jax.jit(jax.value_and_grad(mean_over_pools, (0, 1)))(queries, passages)
     (loss, parts), pooled_grads = unsharded_ir(size)
     assert loss == parts["info_nce"]
     assert_same((loss, pooled_grads), (expected, grads))
 
 
-def test_sts_lists_are_separate_losses():
+def test_sts_loss_is_the_mean_over_lists():
     size = 8
     (loss, parts), _ = unsharded_sts(size)
     first, second, *middle, scores = sts_batch()
@@ -102,22 +102,22 @@ def test_sts_lists_are_separate_losses():
 
 
 @pytest.mark.parametrize("case", ["P2N4B6D16T0.02", "P2N4B28D64T0.02"])
-def test_ir_golden(case):
+def test_ir_matches_golden_values(case):
     queries, passages, loss = (GOLDEN[f"ir_all/{case}/{name}"] for name in ("in0", "in1", "loss"))
     by_example = passages.reshape(len(queries), 2 + 4, -1)
-    got, _ = ir(ObjectiveSettings(temperature=0.02), None, queries, by_example, np.ones((len(queries), 4), bool))
-    assert_allclose(got, loss, rtol=1e-9)
+    actual, _ = ir(ObjectiveSettings(temperature=0.02), None, queries, by_example, np.ones((len(queries), 4), bool))
+    assert_allclose(actual, loss, rtol=1e-9)
 
 
 @pytest.mark.parametrize("case", ["binary8", "graded16", "graded_ties32", "continuous32", "constant6"])
-def test_sts_golden(case):
+def test_sts_matches_golden_values(case):
     similarity, scores = GOLDEN[f"pearson/{case}/in0"], GOLDEN[f"pearson/{case}/y"]
     for family in ("rank_kl", "pro"):
         assert np.array_equal(GOLDEN[f"{family}/{case}/in0"], similarity)
     assert np.array_equal(GOLDEN[f"sts_nce/{case}/y"], scores)
-    parts = {name: GOLDEN[f"{name}/{case}/loss"] for name in ("pearson", "rank_kl", "pro")}
-    parts["mid_info_nce"] = GOLDEN[f"sts_nce/{case}/loss"]
-    loss, got = sts(
+    expected = {name: GOLDEN[f"{name}/{case}/loss"] for name in ("pearson", "rank_kl", "pro")}
+    expected["mid_info_nce"] = GOLDEN[f"sts_nce/{case}/loss"]
+    loss, parts = sts(
         ObjectiveSettings(),
         None,
         similarity[:, None],
@@ -126,12 +126,12 @@ def test_sts_golden(case):
         GOLDEN[f"sts_nce/{case}/in1"],
         scores,
     )
-    assert set(got) == set(parts)
-    for name, part in got.items():
-        assert_allclose(part, parts[name], rtol=1e-6, atol=1e-9)
+    assert set(parts) == set(expected)
+    for name, part in parts.items():
+        assert_allclose(part, expected[name], rtol=1e-6, atol=1e-9)
     assert_allclose(
         loss,
-        2 * parts["pearson"] + 5 * parts["rank_kl"] + 0.5 * parts["pro"] + parts["mid_info_nce"],
+        2 * expected["pearson"] + 5 * expected["rank_kl"] + 0.5 * expected["pro"] + expected["mid_info_nce"],
         rtol=1e-6,
         atol=1e-9,
     )
@@ -146,11 +146,11 @@ def test_sts_without_middle_layer():
 
 
 def test_sts_without_middle_layer_on_a_mesh():
-    """One spec for `middle=None`, as the training step gives it, and a list across devices."""
+    """Uses a single partition spec with `middle=None`, as the training step does, and lists that cross devices."""
     first, second, _, _, scores = sts_batch()
     settings = ObjectiveSettings()
-    got = jax.jit(per_device(codi_sts, settings, 8, (2, 2)))(sts_examples(first, second, None, None, scores))
-    assert_same(got, sts(settings, 8, first, second, None, None, scores))
+    actual = jax.jit(on_mesh(codi_sts, settings, 8, (2, 2)))(sts_examples(first, second, None, None, scores))
+    assert_same(actual, sts(settings, 8, first, second, None, None, scores))
 
 
 def test_weights_and_thresholds_come_from_the_settings():
@@ -175,7 +175,7 @@ def test_weights_and_thresholds_come_from_the_settings():
     assert_allclose(loss, total, rtol=1e-12)
 
 
-def test_float32_stays_float32():
+def test_float32_inputs_give_float32_outputs():
     queries, passages, present = ir_batch()
     sts_float32 = (x.astype(np.float32) for x in sts_batch())
     ir_value, _ = ir(IR_SETTINGS, None, queries.astype(np.float32), passages.astype(np.float32), present)

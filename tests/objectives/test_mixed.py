@@ -1,4 +1,4 @@
-"""The mixed-batch ablation: every pair of objectives, against each device's own task computed alone."""
+"""Tests the mixed-batch objective against the objectives of single devices, for every pair of objectives."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ from codiemb_jax.objectives.mixed import mixed
 from codiemb_jax.objectives.registry import OBJECTIVES
 from tests.objectives.layouts import AXES, DIM, NEGATIVES, POSITIVES, assert_same, vectors
 
-DEVICES, EACH = 8, 3
+DEVICES, EXAMPLES_PER_DEVICE = 8, 3
 TASKS = ["ir", "sts", "sts", "ir", "ir", "sts", "ir", "sts"]
 SETTINGS = ObjectiveSettings(temperature=0.1, mid_info_nce_threshold=0.5)
 PARTS = {
@@ -27,26 +27,28 @@ PARTS = {
 
 
 def make_batch(tasks, *, equal=False):
-    """Queries, passages and both of the middle layer; then `present` and scores.  `equal`: all vectors are the same."""
+    """Returns embeddings (final queries, passages; middle queries, passages), `present` and scores."""
     rng = np.random.default_rng(2)
-    count, texts = DEVICES * EACH, POSITIVES + NEGATIVES
+    count, texts = DEVICES * EXAMPLES_PER_DEVICE, POSITIVES + NEGATIVES
     inputs = [vectors(rng, *shape, DIM) for shape in ((count,), (count, texts)) * 2]
     if equal:
         inputs = [np.broadcast_to(inputs[0][0], x.shape).copy() for x in inputs]
-    is_ir = np.repeat([task == "ir" for task in tasks], EACH)
+    is_ir = np.repeat([task == "ir" for task in tasks], EXAMPLES_PER_DEVICE)
     present = (rng.random((count, NEGATIVES)) < 0.7) & is_ir[:, None]
     return inputs, present, np.where(is_ir, np.nan, rng.integers(0, 4, count) / 2)
 
 
 @cache
 def on_mesh(names, sizes):
-    """Vectors, `present` and scores -> (loss, parts), and the gradients by the vectors, on eight devices.
+    """Returns a function from a batch to (loss, parts) and gradients of the embeddings, on eight devices.
 
-    names, sizes: the objective and the size of the groups of each task.
+    Args:
+      names: The objective of each task.
+      sizes: The group size of each task.
     """
     mesh = jax.make_mesh((4, 2), AXES, axis_types=(AxisType.Auto,) * 2)
     objectives = {task: OBJECTIVES[name][task] for task, name in names}
-    of_devices = jax.shard_map(
+    sharded = jax.shard_map(
         lambda examples: mixed(examples, SETTINGS, objectives, dict(sizes), AXES),
         mesh=mesh,
         in_specs=PartitionSpec(AXES),
@@ -55,14 +57,14 @@ def on_mesh(names, sizes):
     )
 
     def loss(queries, passages, middle_queries, middle_passages, present, scores):
-        return of_devices(Examples(queries, passages, present, scores, (middle_queries, middle_passages)))
+        return sharded(Examples(queries, passages, present, scores, (middle_queries, middle_passages)))
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
 
 
 @cache
-def alone(task, name, size):
-    """The same of one device, without a mesh."""
+def on_device(task, name, size):
+    """Returns the same function for the examples of one device, without a mesh."""
 
     def loss(queries, passages, middle_queries, middle_passages, present, scores):
         middle = (middle_queries, middle_passages)
@@ -72,43 +74,45 @@ def alone(task, name, size):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
 
 
-def one_by_one(tasks, names, sizes, inputs, present, scores):
-    """What `on_mesh` should give, from each device's own examples and texts; parts by (task, name)."""
+def device_by_device(tasks, names, sizes, inputs, present, scores):
+    """Returns the expected result of `on_mesh`, computed for one device at a time, with parts by (task, name)."""
     losses, parts = [], {}
     gradients = [np.zeros_like(x) for x in inputs]
     for device, task in enumerate(tasks):
-        own = slice(device * EACH, (device + 1) * EACH)
-        texts = slice(None) if task == "ir" else slice(1)  # of a pair's texts only the first is one
-        places = (own, (own, texts)) * 2
-        of_device = [x[place] for x, place in zip(inputs, places, strict=True)]
-        slots = present[own] if task == "ir" else np.zeros((EACH, 0), bool)
-        (loss, own_parts), own_gradients = alone(task, names[task], sizes[task])(*of_device, slots, scores[own])
+        rows = slice(device * EXAMPLES_PER_DEVICE, (device + 1) * EXAMPLES_PER_DEVICE)
+        texts = slice(None) if task == "ir" else slice(1)  # all but the first passage of a pair are padding
+        indices = (rows, (rows, texts)) * 2
+        device_inputs = [x[index] for x, index in zip(inputs, indices, strict=True)]
+        device_present = present[rows] if task == "ir" else np.zeros((EXAMPLES_PER_DEVICE, 0), bool)
+        compute = on_device(task, names[task], sizes[task])
+        (loss, device_parts), device_gradients = compute(*device_inputs, device_present, scores[rows])
         losses.append(loss)
-        for name, part in own_parts.items():
+        for name, part in device_parts.items():
             parts.setdefault((task, name), []).append(part)
-        for gradient, place, own_gradient in zip(gradients, places, own_gradients, strict=True):
-            gradient[place] += own_gradient / len(tasks)
+        for gradient, index, device_gradient in zip(gradients, indices, device_gradients, strict=True):
+            gradient[index] += device_gradient / len(tasks)
     return (np.mean(losses), {name: np.mean(values) for name, values in parts.items()}), tuple(gradients)
 
 
-WHOLE, PARTLY = (("ir", None), ("sts", None)), (("ir", 1), ("sts", 3))
+ALL, GROUPS = (("ir", None), ("sts", None)), (("ir", 1), ("sts", 3))
 
 
-@pytest.mark.parametrize("sizes", [WHOLE, PARTLY])
+@pytest.mark.parametrize("sizes", [ALL, GROUPS])
 @pytest.mark.parametrize(("ir", "sts"), PARTS)
-def test_the_loss_is_the_mean_of_each_device_alone(ir, sts, sizes):
+def test_loss_is_the_mean_over_devices(ir, sts, sizes):
     inputs, present, scores = make_batch(TASKS)
     names = (("ir", ir), ("sts", sts))
     (loss, parts), gradients = on_mesh(names, sizes)(*inputs, present, scores)
-    (expected, own_parts), expected_gradients = one_by_one(TASKS, dict(names), dict(sizes), inputs, present, scores)
+    expected = device_by_device(TASKS, dict(names), dict(sizes), inputs, present, scores)
+    (expected_loss, task_parts), expected_gradients = expected
     assert set(parts) == PARTS[ir, sts]
-    by_name = {
-        f"{task}_{name}" if task == "sts" and ("ir", name) in own_parts else name: part
-        for (task, name), part in own_parts.items()
+    expected_parts = {
+        f"{task}_{name}" if task == "sts" and ("ir", name) in task_parts else name: part
+        for (task, name), part in task_parts.items()
     }
-    assert_same((loss, parts, gradients), (expected, by_name, expected_gradients))
-    # What a pair or a query does not have, and the middle layer of a query, has no part in it.
-    is_ir = np.repeat([task == "ir" for task in TASKS], EACH)
+    assert_same((loss, parts, gradients), (expected_loss, expected_parts, expected_gradients))
+    # Padding and the middle layer of IR examples have no gradient.
+    is_ir = np.repeat([task == "ir" for task in TASKS], EXAMPLES_PER_DEVICE)
     for gradient in gradients[1::2]:
         assert (gradient[~is_ir, 1:] == 0).all()
         assert (gradient[:, POSITIVES:][~present] == 0).all()
@@ -118,41 +122,40 @@ def test_the_loss_is_the_mean_of_each_device_alone(ir, sts, sizes):
 
 
 @pytest.mark.parametrize(("ir", "sts"), PARTS)
-def test_nothing_is_gathered(ir, sts):
+def test_mixed_batches_gather_nothing(ir, sts):
     inputs, present, scores = make_batch(TASKS)
-    traced = on_mesh((("ir", ir), ("sts", sts)), WHOLE).trace(*inputs, present, scores)
+    traced = on_mesh((("ir", ir), ("sts", sts)), ALL).trace(*inputs, present, scores)
     assert "all_gather" not in str(traced.jaxpr)
 
 
 @pytest.mark.parametrize("task", ["ir", "sts"])
 @pytest.mark.parametrize(("ir", "sts"), PARTS)
-def test_a_step_in_which_all_devices_have_the_same_task(ir, sts, task):
-    """The parts of the other task are NaN; without data of the other task there are none."""
+def test_all_devices_with_the_same_task(ir, sts, task):
+    """Parts of the other task are NaN, or missing if there is no data for it."""
     names = {"ir": ir, "sts": sts}
     inputs, present, scores = make_batch([task] * DEVICES)
-    expected = one_by_one([task] * DEVICES, names, {"ir": None, "sts": None}, inputs, present, scores)
-    (loss, own_parts), expected_gradients = expected
-    own_parts = {name: part for (_, name), part in own_parts.items()}
-    found = on_mesh(tuple(names.items()), WHOLE)(*inputs, present, scores)
-    (both_loss, both_parts), gradients = found
-    assert set(both_parts) == PARTS[ir, sts]
-    held = {name.removeprefix("sts_"): part for name, part in both_parts.items() if not np.isnan(part)}
-    assert_same((both_loss, held, gradients), (loss, own_parts, expected_gradients))
+    expected = device_by_device([task] * DEVICES, names, {"ir": None, "sts": None}, inputs, present, scores)
+    (expected_loss, task_parts), expected_gradients = expected
+    expected_parts = {name: part for (_, name), part in task_parts.items()}
+    (loss, parts), gradients = on_mesh(tuple(names.items()), ALL)(*inputs, present, scores)
+    assert set(parts) == PARTS[ir, sts]
+    finite = {name.removeprefix("sts_"): part for name, part in parts.items() if not np.isnan(part)}
+    assert_same((loss, finite, gradients), (expected_loss, expected_parts, expected_gradients))
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert_same(
         on_mesh(((task, names[task]),), ((task, None),))(*inputs, present, scores),
-        ((loss, own_parts), expected_gradients),
+        ((expected_loss, expected_parts), expected_gradients),
     )
 
 
 @pytest.mark.parametrize("tasks", [TASKS, ["ir"] * DEVICES, ["sts"] * DEVICES], ids=["both", "ir", "sts"])
 @pytest.mark.parametrize(("ir", "sts"), PARTS)
-def test_gradients_are_finite_whatever_the_vectors(ir, sts, tasks):
-    compute = on_mesh((("ir", ir), ("sts", sts)), WHOLE)
+def test_gradients_are_finite_in_edge_cases(ir, sts, tasks):
+    compute = on_mesh((("ir", ir), ("sts", sts)), ALL)
     for equal in (False, True):
         inputs, present, scores = make_batch(tasks, equal=equal)
-        for slots in (present, np.zeros_like(present)):
+        for mask in (present, np.zeros_like(present)):
             for labels in (scores, np.where(np.isnan(scores), np.nan, 1.0), np.where(np.isnan(scores), np.nan, 1e15)):
-                (loss, _), gradients = compute(*inputs, slots, labels)
+                (loss, _), gradients = compute(*inputs, mask, labels)
                 assert np.isfinite(loss)
                 assert all(np.isfinite(gradient).all() for gradient in gradients)

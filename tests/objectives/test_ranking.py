@@ -1,4 +1,4 @@
-"""Pearson, rank KL and PRO against the original's figures, SciPy, loops in NumPy, and in corner cases."""
+"""Tests Pearson, rank KL and PRO against golden values of the original, SciPy and NumPy loops, and tests edge cases."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ FAMILIES = {
     "pro": lambda similarity, scores: pro(similarity, scores, 0.05),
 }
 value_and_grad = {name: jax.jit(jax.value_and_grad(loss)) for name, loss in FAMILIES.items()}
-# The original builds the target of rank KL in float32.
+# The original computes the target of rank KL in float32.
 TOLERANCE = {"pearson": 1e-9, "rank_kl": 1e-6, "pro": 1e-9}
 CASES = sorted({key.rsplit("/", 1)[0] for key in GOLDEN.files if key.split("/")[0] in FAMILIES})
 
@@ -48,7 +48,7 @@ def looped_pro(similarity, scores, temperature):
 
 
 def lists(*sizes):
-    """Similarities in [-1, 1] and scores with ties, for lists of these sizes."""
+    """Draws similarities in [-1, 1] and scores with ties, for lists of these sizes."""
     similarity = st.integers(-1000, 1000).map(lambda i: i / 1000)
     score = st.integers(0, 5).map(lambda i: i / 2)
     return st.sampled_from(sizes).flatmap(
@@ -59,13 +59,13 @@ def lists(*sizes):
     )
 
 
-def test_golden_cases_are_all_there():
+def test_number_of_golden_cases():
     assert len(CASES) == 15
     assert [sum(case.startswith(family + "/") for case in CASES) for family in FAMILIES] == [5, 5, 5]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden(case):
+def test_losses_match_golden_values(case):
     family = case.split("/")[0]
     value, grad = value_and_grad[family](GOLDEN[case + "/in0"], GOLDEN[case + "/y"])
     assert_allclose(value, GOLDEN[case + "/loss"], rtol=TOLERANCE[family], atol=TOLERANCE[family])
@@ -74,7 +74,7 @@ def test_golden(case):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(lists(2, 5, 9))
-def test_pearson_equals_scipy(pairs):
+def test_pearson_matches_scipy(pairs):
     similarity, scores = pairs
     value = value_and_grad["pearson"](similarity, scores)[0]
     if np.ptp(scores) == 0:
@@ -87,13 +87,13 @@ def test_pearson_equals_scipy(pairs):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(lists(2, 5, 9), st.sampled_from([0.05, 1.0]))
-def test_rank_kl_equals_loops(pairs, temperature):
+def test_rank_kl_matches_loops(pairs, temperature):
     assert_allclose(compiled_rank_kl(*pairs, temperature), looped_rank_kl(*pairs, temperature), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(lists(1, 2, 5, 9), st.sampled_from([0.05, 1.0]))
-def test_pro_equals_loops(pairs, temperature):
+def test_pro_matches_loops(pairs, temperature):
     assert_allclose(compiled_pro(*pairs, temperature), looped_pro(*pairs, temperature), rtol=1e-9, atol=1e-9)
 
 
@@ -133,14 +133,14 @@ def test_equal_similarities(n, similarity, dtype):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_list_of_one(family):
+def test_list_of_one_pair_has_zero_loss(family):
     value, grad = value_and_grad[family](np.array([0.3]), np.array([4.0]))
     assert value == 0
     assert_array_equal(grad, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float32_stays_finite_at_the_extremes(family):
+def test_float32_is_accurate_for_extreme_values(family):
     similarity = np.array([1, -1, 1, -1, 0, 1], np.float32)
     for scores in (np.array([0, 100, 0, 100, 50, 0], np.float32), np.array([1, 0, 1, 0, 0.5, 1], np.float32)):
         value, grad = value_and_grad[family](similarity, scores)
@@ -150,10 +150,10 @@ def test_float32_stays_finite_at_the_extremes(family):
         assert np.isfinite(grad).all()
 
 
-def test_scores_closer_than_the_tolerance_do_not_rank():
+def test_pro_ignores_score_gaps_below_the_tolerance():
     similarity, scores = np.array([0.2, 0.9, -0.4]), np.array([1.0, 1.0 + 5e-9, 1.0])
     assert value_and_grad["pro"](similarity, scores)[0] == 0
-    # With a gap of 0.1 the second is above the two others, and the loss is that of the second alone.
+    # With a gap of 0.1, only the second pair is ranked above others.
     logits = 0.1 * np.array([0.9, 0.2, -0.4]) / 0.05
     expected = np.log(np.sum(np.exp(logits))) - logits[0]
     assert_allclose(value_and_grad["pro"](similarity, scores + [0, 0.1 - 5e-9, 0])[0], expected, rtol=1e-9)

@@ -1,4 +1,4 @@
-"""Prompt masks of real tokenizers, of three kinds: WordPiece, byte-level BPE and SentencePiece."""
+"""Tests `PromptTokenizer` with real WordPiece, byte-level BPE and SentencePiece tokenizers."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from codiemb_jax.config import PromptSettings
-from codiemb_jax.text.prompts import EmptyContent, PromptTokenizer
+from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer
 from codiemb_jax.text.records import Triple
 from scripts.fetch_wheel import extract
 
 UNICODE = st.text(min_size=1, max_size=40)
-ENDS = {"wordpiece": ("[CLS]", "[SEP]"), "bytes": ("<|im_start|>", "<|im_end|>"), "sentencepiece": ("<s>", "</s>")}
+SPECIAL_TOKENS = {
+    "wordpiece": ("[CLS]", "[SEP]"),
+    "bytes": ("<|im_start|>", "<|im_end|>"),
+    "sentencepiece": ("<s>", "</s>"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,24 +33,24 @@ def mistral(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoders(minilm, smollm2, mistral) -> dict[str, tuple[PromptTokenizer, PreTrainedTokenizerFast]]:
-    """The tokenizers of all-MiniLM-L6-v2, SmolLM2 and Mistral, with special tokens at both ends."""
-    found = {}
-    for (kind, (begin, end)), folder in zip(ENDS.items(), (minilm, smollm2, mistral), strict=True):
+def tokenizers(minilm, smollm2, mistral) -> dict[str, tuple[PromptTokenizer, PreTrainedTokenizerFast]]:
+    """The tokenizers of all-MiniLM-L6-v2, SmolLM2 and Mistral, with begin and end tokens."""
+    tokenizers = {}
+    for (kind, (begin, end)), folder in zip(SPECIAL_TOKENS.items(), (minilm, smollm2, mistral), strict=True):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         prompt = PromptSettings(begin=begin, passage="Passage: ", end=end)
-        found[kind] = PromptTokenizer(tokenizer, prompt), tokenizer
-    return found
+        tokenizers[kind] = PromptTokenizer(tokenizer, prompt), tokenizer
+    return tokenizers
 
 
-def test_they_are_of_three_kinds(encoders):
-    kinds = [type(tokenizer.backend_tokenizer.model).__name__ for _, tokenizer in encoders.values()]
-    assert kinds == ["WordPiece", "BPE", "BPE"]
-    blank = {kind: tokenizer.tokenize("the end")[-1] for kind, (_, tokenizer) in encoders.items()}
-    assert blank == {"wordpiece": "end", "bytes": "Ġend", "sentencepiece": "▁end"}
+def test_tokenizers_are_of_three_kinds(tokenizers):
+    models = [type(tokenizer.backend_tokenizer.model).__name__ for _, tokenizer in tokenizers.values()]
+    assert models == ["WordPiece", "BPE", "BPE"]
+    last_tokens = {kind: tokenizer.tokenize("the end")[-1] for kind, (_, tokenizer) in tokenizers.items()}
+    assert last_tokens == {"wordpiece": "end", "bytes": "Ġend", "sentencepiece": "▁end"}
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", SPECIAL_TOKENS)
 @settings(max_examples=150)
 @given(
     task=UNICODE | st.just(""),
@@ -55,39 +59,39 @@ def test_they_are_of_three_kinds(encoders):
     is_query=st.booleans(),
     limit=st.integers(3, 80),
 )
-def test_what_ends_beyond_the_prompt_is_pooled_and_the_end_survives(
-    kind, encoders, task, instance, text, is_query, limit
+def test_content_starts_after_the_prompt_and_truncation_keeps_the_end(
+    kind, tokenizers, task, instance, text, is_query, limit
 ):
-    encoder, tokenizer = encoders[kind]
-    begin, end = ENDS[kind]
-    triple = Triple.of(task, instance, text)
-    encode = encoder.tokenize_queries if is_query else encoder.tokenize_passages
+    prompt_tokenizer, tokenizer = tokenizers[kind]
+    begin, end = SPECIAL_TOKENS[kind]
+    triple = Triple.stripped(task, instance, text)
+    tokenize = prompt_tokenizer.tokenize_queries if is_query else prompt_tokenizer.tokenize_passages
     prompt = "Passage: " if not is_query else f"Instruction: {triple.task} Query: " if triple.task else ""
-    head = begin + prompt
-    whole = head + triple.instance[:512] + triple.text + end
+    prompt = begin + prompt
+    whole = prompt + triple.instance[:512] + triple.text + end
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    # Not in a batch, and by characters: what the encoder must find in batches and by index.
+    # The expected tokens come from a single text instead of a batch.
     expected = backend.encode(whole, add_special_tokens=False)
-    content = [i for i, (_, stop) in enumerate(expected.offsets) if stop > len(head)]
+    content = [i for i, (_, stop) in enumerate(expected.offsets) if stop > len(prompt)]
     end_id = tokenizer.convert_tokens_to_ids(end)
     assert expected.ids[-1] == end_id
     try:
-        (found,) = encode([triple], limit)
-    except EmptyContent as error:
-        assert (content[0] >= limit - 1) if error.no_room else content == [len(expected.ids) - 1]
+        (tokens,) = tokenize([triple], limit)
+    except EmptyContentError as error:
+        assert (content[0] >= limit - 1) if error.min_limits else content == [len(expected.ids) - 1]
         return
-    assert found.ids.size == min(len(expected.ids), limit)
-    assert found.ids[-1] == end_id
-    assert found.ids[:-1].tolist() == expected.ids[: found.ids.size - 1]
-    assert list(range(found.content, len(expected.ids))) == content
-    pooled = np.arange(found.ids.size)[found.content :]
-    assert pooled.size >= 2  # at least one token of the text, and the end
+    assert tokens.ids.size == min(len(expected.ids), limit)
+    assert tokens.ids[-1] == end_id
+    assert tokens.ids[:-1].tolist() == expected.ids[: tokens.ids.size - 1]
+    assert list(range(tokens.content_start, len(expected.ids))) == content
+    pooled = np.arange(tokens.ids.size)[tokens.content_start :]
+    assert pooled.size >= 2  # at least one token of the text, and the end token
 
 
-@pytest.mark.parametrize("kind", ENDS)
-def test_an_empty_text_is_an_error(kind, encoders):
-    encoder, _ = encoders[kind]
-    with pytest.raises(EmptyContent):
-        encoder.tokenize_queries([Triple("Find it", "", "")], 64)
+@pytest.mark.parametrize("kind", SPECIAL_TOKENS)
+def test_empty_text_raises_empty_content_error(kind, tokenizers):
+    prompt_tokenizer, _ = tokenizers[kind]
+    with pytest.raises(EmptyContentError):
+        prompt_tokenizer.tokenize_queries([Triple("Find it", "", "")], 64)

@@ -1,3 +1,5 @@
+"""Tests parsing and validation of data files."""
+
 import json
 import math
 import os
@@ -8,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.text.records import Record, Triple, data_set_names, find_files, read_records
+from codiemb_jax.text.records import Record, Triple, dataset_names, find_files, read_records
 
-SLOWLY = settings(
+FEW_EXAMPLES = settings(
     derandomize=True,
     deadline=None,
     max_examples=60,
@@ -43,7 +45,7 @@ def sts_line(**changes: object) -> dict[str, object]:
 
 
 def write(folder: Path, *lines: object) -> Path:
-    """Strings and bytes as they are, everything else as JSON."""
+    """Writes strings and bytes as they are and everything else as JSON."""
     path = folder / "data.jsonl"
     encoded = [
         line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
@@ -54,13 +56,13 @@ def write(folder: Path, *lines: object) -> Path:
 
 
 def problems(path: Path, task: str) -> list[str]:
-    """What read_records finds, each without `FILE:`."""
+    """Returns the problems that read_records reports, without `FILE:`."""
     with pytest.raises(UserError) as caught:
         list(read_records(path, task))
     return [line.strip().removeprefix(f"{path}:") for line in str(caught.value).splitlines()[1:]]
 
 
-def test_an_ir_line(tmp_path):
+def test_ir_line(tmp_path):
     assert list(read_records(write(tmp_path, ir_line()), "ir")) == [
         Record(
             1,
@@ -72,7 +74,7 @@ def test_an_ir_line(tmp_path):
     ]
 
 
-def test_an_sts_line_keeps_the_pair_alone(tmp_path):
+def test_sts_line_is_reduced_to_the_pair(tmp_path):
     line = sts_line(
         positives=[["embed", "", "b"], ["embed", "", "c"]],
         positive_scores=[0.1 + 0.2, 1],
@@ -83,23 +85,23 @@ def test_an_sts_line_keeps_the_pair_alone(tmp_path):
     ]
 
 
-def test_parts_are_stripped_of_tabs_newlines_blanks_and_colons(tmp_path):
+def test_tabs_newlines_spaces_and_colons_are_stripped(tmp_path):
     path = write(tmp_path, ir_line(query=["\t task: \n", ": when :\t", " \n:how: to\t: go:::"]))
     assert next(read_records(path, "ir")).query == Triple("task", "when", "how: to\t: go")
 
 
-@SLOWLY
+@FEW_EXAMPLES
 @given(parts=st.lists(st.text(st.sampled_from("\t\n :ab\r\u3000é😀"), max_size=8), min_size=3, max_size=3))
-def test_stripping(tmp_path, parts):
-    line = ir_line(query=[*parts[:2], parts[2] + "x"])
-    query = next(read_records(write(tmp_path, line), "ir")).query
-    for before, after in zip([*parts[:2], parts[2] + "x"], query, strict=True):
+def test_only_outer_characters_are_stripped(tmp_path, parts):
+    parts = [*parts[:2], parts[2] + "x"]
+    query = next(read_records(write(tmp_path, ir_line(query=parts)), "ir")).query
+    for before, after in zip(parts, query, strict=True):
         start, stop = before.find(after), before.find(after) + len(after)
         assert set(before[:start] + before[stop:]) <= set("\t\n :")
         assert not after or not {after[0], after[-1]} & set("\t\n :")
 
 
-def test_optional_keys_may_be_missing_and_blank_lines_are_skipped(tmp_path):
+def test_missing_optional_keys_and_empty_lines_are_allowed(tmp_path):
     line = {"task_type": "ir", "query": ["", "", "q"], "positives": [["", "", "p"]]}
     path = write(tmp_path, "", line, "  \t", line)
     assert [record.line for record in read_records(path, "ir")] == [2, 4]
@@ -107,32 +109,31 @@ def test_optional_keys_may_be_missing_and_blank_lines_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, {"id": 3}, [1, "a"]])
-def test_meta_data_may_be_anything(tmp_path, value):
+def test_meta_data_is_ignored(tmp_path, value):
     (record,) = read_records(write(tmp_path, ir_line(meta_data=value)), "ir")
     assert [record] == list(read_records(write(tmp_path, ir_line()), "ir"))
 
 
-def test_a_line_ends_at_a_newline_only(tmp_path):
+def test_only_newlines_separate_lines(tmp_path):
     line = json.dumps(ir_line(query=["", "", "a\u2028b\x85c"]), ensure_ascii=False)
     assert next(read_records(write(tmp_path, line + "\r"), "ir")).query.text == "a\u2028b\x85c"
 
 
-PARTS = "a list of three strings [task instruction, instance instruction, text]"
-TRIPLE = f"expected {PARTS}"
-NO_TEXT = "the text is empty, expected a text (its third part)"
-FINITE = "expected a finite number, at most 1e15"
-EACH = "expected one for each, or none"
+THREE_STRINGS = "a list of three strings [task instruction, instance instruction, text]"
+TRIPLE = f"expected {THREE_STRINGS}"
+EMPTY_TEXT = "empty text, expected a text as the third string"
+FINITE = "expected a finite number between -1e15 and 1e15"
+ONE_EACH = "expected one score for each, or none"
 MISPLACED = (
-    "task_type: '{0}' in a file of {1} data, expected '{1}'; "
-    "if the whole file is {0} data, move it from data.{1} to data.{0}"
+    "task_type: '{0}' in {1} data, expected '{1}'; if all of the file is {0} data, move it from data.{1} to data.{0}"
 )
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b'{"task_type": "\xff"}', "byte 16 is not valid UTF-8, expected UTF-8 text"),
-        ("[1, 2]", "a list of 2 is not an object, expected one JSON object per line"),
+        (b'{"task_type": "\xff"}', "byte 16: not valid UTF-8, expected UTF-8 text"),
+        ("[1, 2]", "found a list of length 2, expected one JSON object per line"),
         (
             ir_line(score=[1]),
             "score: unknown key, expected one of task_type, query, positives, negatives, "
@@ -145,32 +146,32 @@ MISPLACED = (
         (ir_line(task_type="rerank"), "task_type: \"rerank\", expected 'ir'"),
         (ir_line(task_type=None), "task_type: null, expected 'ir'"),
         (ir_line(query="q"), f'query: "q", {TRIPLE}'),
-        (ir_line(query=["", "q"]), f"query: a list of 2, {TRIPLE}"),
-        (ir_line(positives=[["", "", 3]]), f"positives[0]: a list of 3, {TRIPLE}"),
-        (ir_line(positives={}), f"positives: an object, expected a list; each item {PARTS}"),
-        (ir_line(positives=None), f"positives: null, expected a list; each item {PARTS}"),
-        (ir_line(positives=[]), "positives: empty, expected at least one"),
-        (ir_line(query=["t", "instance", " :\n"]), f"query: {NO_TEXT}"),
-        (ir_line(query=["t", "instance", "\u3000\xa0"]), f"query: {NO_TEXT}"),
-        (ir_line(negatives=[["", "", ""]]), f"negatives[0]: {NO_TEXT}"),
+        (ir_line(query=["", "q"]), f"query: a list of length 2, {TRIPLE}"),
+        (ir_line(positives=[["", "", 3]]), f"positives[0]: a list of length 3, {TRIPLE}"),
+        (ir_line(positives={}), f"positives: an object, expected a list of items that are each {THREE_STRINGS}"),
+        (ir_line(positives=None), f"positives: null, expected a list of items that are each {THREE_STRINGS}"),
+        (ir_line(positives=[]), "positives: empty, expected at least one positive"),
+        (ir_line(query=["t", "instance", " :\n"]), f"query: {EMPTY_TEXT}"),
+        (ir_line(query=["t", "instance", "\u3000\xa0"]), f"query: {EMPTY_TEXT}"),
+        (ir_line(negatives=[["", "", ""]]), f"negatives[0]: {EMPTY_TEXT}"),
         (
             ir_line(query=["", "", "\ud800"]),
-            "query: half a surrogate pair (\\ud800 to \\udfff), expected valid Unicode",
+            "query: unpaired surrogate (\\ud800 to \\udfff), expected valid Unicode",
         ),
         (ir_line(positive_scores=[1, True]), f"positive_scores[1]: true, {FINITE}"),
         (ir_line(positive_scores=["1", 2]), f'positive_scores[0]: "1", {FINITE}'),
         (ir_line(positive_scores=[1, math.nan]), f"positive_scores[1]: NaN, {FINITE}"),
         (ir_line(negative_scores=[math.inf]), f"negative_scores[0]: Infinity, {FINITE}"),
         (ir_line(negative_scores=[10**400]), f"negative_scores[0]: a huge number, {FINITE}"),
-        (ir_line(positive_scores=[1]), f"positive_scores: 1 scores for 2 positives, {EACH}"),
-        (ir_line(negative_scores=[1, 2]), f"negative_scores: 2 scores for 1 negatives, {EACH}"),
+        (ir_line(positive_scores=[1]), f"positive_scores: 1 scores for 2 positives, {ONE_EACH}"),
+        (ir_line(negative_scores=[1, 2]), f"negative_scores: 2 scores for 1 negatives, {ONE_EACH}"),
         (
             '{"task_type": "ir", "task_type": "ir", "query": ["", "", "q"], "positives": [["", "", "p"]]}',
-            "task_type: appears 2 times, expected each key once",
+            "task_type: duplicate key, expected each key once",
         ),
     ],
 )
-def test_what_is_wrong_with_an_ir_line(tmp_path, line, expected):
+def test_invalid_ir_line_raises_user_error(tmp_path, line, expected):
     assert problems(write(tmp_path, line), "ir") == [f"1: {expected}"]
 
 
@@ -182,17 +183,17 @@ def test_what_is_wrong_with_an_ir_line(tmp_path, line, expected):
         (ir_line(positive_scores=[1, 2]), MISPLACED.format("ir", "sts")),
     ],
 )
-def test_what_is_wrong_with_an_sts_line(tmp_path, line, expected):
+def test_invalid_sts_line_raises_user_error(tmp_path, line, expected):
     assert problems(write(tmp_path, line), "sts") == [f"1: {expected}"]
 
 
 @pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"a": ' + "1" * 5000 + "}", "nonsense"])
-def test_invalid_json(tmp_path, line):
+def test_invalid_json_raises_user_error(tmp_path, line):
     (problem,) = problems(write(tmp_path, ir_line(), line), "ir")
     assert problem.startswith("2: invalid JSON (") and problem.endswith("expected one JSON object per line")
 
 
-def test_all_problems_of_a_line_are_told(tmp_path):
+def test_all_problems_of_a_line_are_reported(tmp_path):
     line = ir_line(query=["", ""], positives=[["", "", ""], 4], extra=1)
     assert [problem.split(": ")[1] for problem in problems(write(tmp_path, line), "ir")] == [
         "extra",
@@ -202,21 +203,21 @@ def test_all_problems_of_a_line_are_told(tmp_path):
     ]
 
 
-def test_twenty_problems_and_their_number(tmp_path):
-    found = problems(write(tmp_path, *["{}"] * 30), "ir")
-    assert found[0] == "1: task_type: missing"
-    assert len(found) == 21
-    assert found[-1].endswith("90 in all")
+def test_twenty_problems_and_their_number_are_reported(tmp_path):
+    lines = problems(write(tmp_path, *["{}"] * 30), "ir")
+    assert lines[0] == "1: task_type: missing"
+    assert len(lines) == 21
+    assert lines[-1].endswith("90 in total")
 
 
-def test_good_records_come_before_the_first_problem(tmp_path):
+def test_records_before_the_first_problem_are_yielded(tmp_path):
     reader = read_records(write(tmp_path, ir_line(), "{", ir_line()), "ir")
     assert next(reader).line == 1
     with pytest.raises(UserError):
         next(reader)
 
 
-def test_an_empty_file(tmp_path):
+def test_empty_file_raises_user_error(tmp_path):
     with pytest.raises(UserError, match=r"data\.jsonl: the file is empty"):
         list(read_records(write(tmp_path, "", " "), "ir"))
 
@@ -229,14 +230,14 @@ JSON_VALUES = st.recursive(
 FIELDS = st.sampled_from(list(ir_line()))
 
 
-@SLOWLY
+@FEW_EXAMPLES
 @given(
     line=st.binary(max_size=30)
     | JSON_VALUES.map(lambda value: json.dumps(value).encode())
     | st.dictionaries(FIELDS, JSON_VALUES, min_size=1).map(lambda changes: json.dumps(ir_line(**changes)).encode()),
     task=st.sampled_from(["ir", "sts"]),
 )
-def test_no_line_gives_anything_but_records_or_a_user_error(tmp_path, line, task):
+def test_every_line_gives_a_record_or_raises_user_error(tmp_path, line, task):
     path = tmp_path / "data.jsonl"
     path.write_bytes(line)
     try:
@@ -247,15 +248,15 @@ def test_no_line_gives_anything_but_records_or_a_user_error(tmp_path, line, task
         str(error).encode()
 
 
-def test_files_are_found_at_any_depth_and_sorted(tmp_path):
+def test_find_files_searches_folders_recursively_and_sorts(tmp_path):
     for name in ("b/z.jsonl", "b/deep/er/a.json", "a.jsonl", "b/readme.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    found = find_files([tmp_path / "b", tmp_path / "a.jsonl"], "data.ir")
-    assert found == [tmp_path / "a.jsonl", tmp_path / "b/deep/er/a.json", tmp_path / "b/z.jsonl"]
+    files = find_files([tmp_path / "b", tmp_path / "a.jsonl"], "data.ir")
+    assert files == [tmp_path / "a.jsonl", tmp_path / "b/deep/er/a.json", tmp_path / "b/z.jsonl"]
 
 
-def test_paths_that_cannot_be_used_are_all_told(tmp_path):
+def test_all_invalid_paths_are_reported(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.json").write_text("{}")
@@ -265,27 +266,27 @@ def test_paths_that_cannot_be_used_are_all_told(tmp_path):
         find_files([tmp_path / name for name in names], "data.sts")
     assert str(caught.value).splitlines() == [
         "data.sts:",
-        f"  {tmp_path}/empty: the folder holds no .json or .jsonl file",
+        f"  {tmp_path}/empty: the folder contains no .json or .jsonl files",
         f"  {tmp_path}/missing.jsonl: no such file or folder",
         f"  {tmp_path}/a.csv: expected a .json or .jsonl file, one JSON object per line, or a folder",
-        f"  {tmp_path}/folder/a.json and {tmp_path}/folder/../folder/a.json: the same file 2 times; "
-        "list each file once",
+        f"  {tmp_path}/folder/a.json and {tmp_path}/folder/../folder/a.json: the same file is listed 2 times; "
+        "list it once",
     ]
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
-def test_a_file_is_the_same_under_another_name(link, tmp_path):
+def test_links_to_the_same_file_raise_user_error(link, tmp_path):
     (tmp_path / "a.json").write_text("{}")
     link(tmp_path / "a.json", tmp_path / "b.json")
     with pytest.raises(UserError) as caught:
         find_files([tmp_path / "a.json", tmp_path / "b.json"], "data.ir")
     names = f"{tmp_path}/a.json and {tmp_path}/b.json"
-    assert str(caught.value) == f"data.ir:\n  {names}: the same file 2 times; list each file once"
+    assert str(caught.value) == f"data.ir:\n  {names}: the same file is listed 2 times; list it once"
 
 
-def test_a_pipe_is_no_file(tmp_path):
+def test_pipe_raises_user_error(tmp_path):
     os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(UserError, match=f"{tmp_path}/a.json: is neither a file nor a folder"):
+    with pytest.raises(UserError, match=f"{tmp_path}/a.json: not a file or folder"):
         find_files([tmp_path / "a.json"], "data.ir")
 
 
@@ -298,5 +299,5 @@ def test_a_pipe_is_no_file(tmp_path):
         (["x/a.json", "y/a.json", "y/b.json"], ["x/a.json", "y/a.json", "y/b.json"]),
     ],
 )
-def test_data_sets_have_the_shortest_names_that_differ(files, names):
-    assert data_set_names([Path(file) for file in files]) == names
+def test_dataset_names_are_the_shortest_unique_ones(files, names):
+    assert dataset_names([Path(file) for file in files]) == names

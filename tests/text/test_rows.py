@@ -1,4 +1,4 @@
-"""Tokenized texts laid out in rows."""
+"""Tests the layout of tokenized texts in rows."""
 
 import numpy as np
 from hypothesis import given
@@ -8,7 +8,7 @@ from codiemb_jax.text.prompts import Tokens
 from codiemb_jax.text.rows import pad, padded_length
 
 
-def test_each_text_has_a_row_and_the_rest_is_padding():
+def test_each_text_has_a_row_with_padding():
     texts = [Tokens(np.array([7, 8, 9], np.int32), 1), None, Tokens(np.array([5, 6], np.int32), 0)]
     rows = pad(texts, 4)
     assert all(field.dtype == np.int32 for field in rows)
@@ -19,7 +19,7 @@ def test_each_text_has_a_row_and_the_rest_is_padding():
 
 
 @given(limit=st.integers(1, 4096), data=st.data())
-def test_rows_are_as_long_as_needed_and_of_few_lengths(limit, data):
+def test_padded_length_is_sufficient_and_one_of_six(limit, data):
     longest = data.draw(st.integers(1, limit))
     length = padded_length(longest, limit)
     assert longest <= length <= limit

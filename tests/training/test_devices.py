@@ -1,4 +1,4 @@
-"""Loss and gradient do not depend on how many devices there are, how weights are split, or on chunks."""
+"""Tests that losses and gradients do not depend on the number of devices, the mesh or chunks."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ from codiemb_jax.data.sampler import Plan, Source
 from codiemb_jax.sharding import make_mesh, row_sharding
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.training.optimizer import make_optimizer
-from codiemb_jax.training.schedule import learning_rate
+from codiemb_jax.training.schedule import make_schedule
 from codiemb_jax.training.state import abstract_state, initial_state
 from codiemb_jax.training.step import make_step
 
 STEPS = 10
 
 
-def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:
+def make_settings(golden, chunks: int, group_size: int | None, **mesh: int) -> Settings:
     return Settings.model_validate(
         {
             "output_dir": "unused",
@@ -34,7 +34,7 @@ def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:
                 "ir_global_batch_size": 8, "sts_global_batch_size": 16, "positives_per_query": 1,
                 "query_max_tokens": 64, "passage_max_tokens": 64,
             },
-            "objective": {"ir_pool_size": pool, "sts_list_size": pool},
+            "objective": {"ir_pool_size": group_size, "sts_list_size": group_size},
             "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2, "max_steps": STEPS},
             "encode_chunks": chunks,
             "mesh": mesh,
@@ -43,18 +43,18 @@ def settings_of(golden, chunks: int, pool: int | None, **mesh: int) -> Settings:
 
 
 def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]], int]:
-    """Loss and gradient norm of every step, with its row length, and how many programs were compiled."""
+    """Runs training and returns the metrics and row length of every step, and the number of compilations."""
     mesh = make_mesh(settings.mesh, jax.devices()[:devices])
     model = open_model(settings.model, settings.prompt, mesh)
-    encoder = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
+    tokenizer = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
     limits = {"query_max_tokens": 64, "passage_max_tokens": 64}
-    data_sets = [
-        prepare(path, task, encoder, cache=cache, **limits)
+    datasets = [
+        prepare(path, task, tokenizer, cache=cache, **limits)
         for task, paths in (("ir", settings.data.ir), ("sts", settings.data.sts))
         for path in paths
     ]
-    plan = Plan([Source(d.path.stem, d.task, d.index) for d in data_sets], settings.data, settings.seed)
-    schedule = learning_rate(settings.optimizer, STEPS)
+    plan = Plan([Source(d.path.stem, d.task, d.index) for d in datasets], settings.data, settings.seed)
+    schedule = make_schedule(settings.optimizer, STEPS)
     optimizer = make_optimizer(settings.optimizer, schedule)
     lines = []
     with jax.set_mesh(mesh):
@@ -66,7 +66,7 @@ def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]]
             )
             for task in settings.tasks
         }
-        for step_plan, batch in batches(plan, data_sets, row_sharding(mesh), start=0, stop=STEPS):
+        for step_plan, batch in batches(plan, datasets, row_sharding(mesh), start=0, stop=STEPS):
             state, metrics = steps[step_plan.task](state, np.int32(step_plan.number), batch)
             values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
             line = {"task": step_plan.task, "epoch": step_plan.epoch, "row_length": step_plan.row_length}
@@ -81,12 +81,19 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_device(golden, cache):
-    """The run on a single device, by pool size."""
-    return {pool: run(settings_of(golden, 1, pool), 1, cache)[0] for pool in (None, 2)}
+    """The steps on a single device, by group size."""
+    return {size: run(make_settings(golden, 1, size), 1, cache)[0] for size in (None, 2)}
+
+
+def assert_close(actual: list[dict], expected: list[dict], rtol: float) -> None:
+    """Asserts that metrics are equal up to 1e-5 at the first step and `rtol` at the others."""
+    for step, (line, expected_line) in enumerate(zip(actual, expected, strict=True)):
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(expected_line[name], rel=1e-5 if step == 0 else rtol), (step, name)
 
 
 @pytest.mark.parametrize(
-    ("devices", "chunks", "pool", "mesh"),
+    ("devices", "chunks", "group_size", "mesh"),
     [
         (1, 2, None, {}),
         (2, 1, None, {}),
@@ -101,35 +108,33 @@ def one_device(golden, cache):
     ],
     ids=lambda value: json.dumps(value).replace('"', ""),
 )
-def test_any_number_of_devices_takes_the_same_steps(devices, chunks, pool, mesh, golden, cache, one_device):
-    found, _ = run(settings_of(golden, chunks, pool, **mesh), devices, cache)
-    expected = one_device[pool]
-    assert [line["task"] for line in found] == [line["task"] for line in expected]
-    assert {line["task"] for line in found} == {"ir", "sts"}
-    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        for name in ("loss", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if number == 0 else 5e-4), (number, name)
+def test_steps_do_not_depend_on_devices_or_chunks(devices, chunks, group_size, mesh, golden, cache, one_device):
+    actual, _ = run(make_settings(golden, chunks, group_size, **mesh), devices, cache)
+    expected = one_device[group_size]
+    assert [line["task"] for line in actual] == [line["task"] for line in expected]
+    assert {line["task"] for line in actual} == {"ir", "sts"}
+    assert_close(actual, expected, rtol=5e-4)
 
 
-def test_pools_are_a_matter_of_the_settings(one_device):
-    whole, pooled = (next(line["loss"] for line in one_device[pool] if line["task"] == "ir") for pool in (None, 2))
-    assert pooled < 0.9 * whole  # fewer candidates, smaller loss
+def test_smaller_groups_reduce_the_loss(one_device):
+    whole, grouped = (next(line["loss"] for line in one_device[size] if line["task"] == "ir") for size in (None, 2))
+    assert grouped < 0.9 * whole  # there are fewer candidates
 
 
-def test_it_compiles_once_a_task_and_shape(golden, cache):
-    settings = settings_of(golden, 1, None)
-    # Small batches of texts of many lengths: several shapes a task.
+def test_compiles_once_per_task_and_shape(golden, cache):
+    settings = make_settings(golden, 1, None)
+    # Small batches of texts with various lengths have several shapes per task.
     data = settings.data.model_copy(update={"ir_global_batch_size": 2, "sts_global_batch_size": 4})
-    lines, compiled = run(settings.model_copy(update={"data": data}), 1, cache)
-    met = {(line["task"], line["row_length"]) for line in lines}
-    assert compiled == len(met)
-    assert len(met) > 2
-    assert len(met) < len(lines)
+    lines, compilations = run(settings.model_copy(update={"data": data}), 1, cache)
+    seen = {(line["task"], line["row_length"]) for line in lines}
+    assert compilations == len(seen)
+    assert len(seen) > 2
+    assert len(seen) < len(lines)
 
 
 @pytest.fixture(scope="module")
 def bert(golden, tmp_path_factory):
-    """A tiny BERT that drops a tenth of everything, with the tokenizer of the golden model."""
+    """A tiny BERT with dropout 0.1 and the tokenizer of the golden model."""
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     config = BertConfig(
@@ -142,35 +147,33 @@ def bert(golden, tmp_path_factory):
     return folder
 
 
-def with_dropout(golden, bert, chunks: int, **mesh: int) -> Settings:
-    settings = settings_of(golden, chunks, None, **mesh)
+def make_dropout_settings(golden, bert, chunks: int, **mesh: int) -> Settings:
+    settings = make_settings(golden, chunks, None, **mesh)
     changes = {"path": str(bert), "pooling": "cls", "projection_dim": 24}
     return settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
 
 
 def test_dropout_and_projection_do_not_depend_on_devices_or_chunks(golden, cache, bert):
-    expected, _ = run(with_dropout(golden, bert, 1), 1, cache)
+    expected, _ = run(make_dropout_settings(golden, bert, 1), 1, cache)
     for devices, chunks, mesh in ((4, 2, {}), (8, 1, {"fsdp": 2, "tensor": 2})):
-        found, _ = run(with_dropout(golden, bert, chunks, **mesh), devices, cache)
-        for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-            for name in ("loss", "grad_norm"):
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if number == 0 else 1e-3), (number, name)
+        actual, _ = run(make_dropout_settings(golden, bert, chunks, **mesh), devices, cache)
+        assert_close(actual, expected, rtol=1e-3)
 
 
-def test_dropout_is_another_each_step_and_the_same_for_the_same_seed(golden, cache, bert):
+def test_dropout_differs_between_steps_and_is_deterministic(golden, cache, bert):
     def losses(dropout: float | None = None) -> list[float]:
-        settings = with_dropout(golden, bert, 1)
+        settings = make_dropout_settings(golden, bert, 1)
         changes = {
             "model": settings.model.model_copy(update={"dropout": dropout}),
-            "data": settings.data.model_copy(update={"sts": []}),  # one batch, the same at every step
+            "data": settings.data.model_copy(update={"sts": []}),  # every step has the same batch
             "optimizer": settings.optimizer.model_copy(update={"learning_rate": 0.0}),
         }
         lines, _ = run(settings.model_copy(update=changes), 1, cache)
         return [line["loss"] for line in lines]
 
-    once = losses()
-    assert len(set(once)) == STEPS
-    assert losses() == once
-    still = losses(dropout=0.0)
-    assert np.ptp(still) < 1e-5
-    assert np.std(once) > 1e-3
+    with_dropout = losses()
+    assert len(set(with_dropout)) == STEPS
+    assert losses() == with_dropout
+    without_dropout = losses(dropout=0.0)
+    assert np.ptp(without_dropout) < 1e-5
+    assert np.std(with_dropout) > 1e-3

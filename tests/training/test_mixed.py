@@ -1,4 +1,4 @@
-"""sampler: mixed, the ablation in which each device has a data set, and a task, of its own."""
+"""Tests of `sampler: mixed`, the ablation in which each device has examples of a single dataset."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Source
 from codiemb_jax.models.embed import embed_with_middle
-from codiemb_jax.models.pooling import unit
+from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.objectives.groups import Examples, Groups
 from codiemb_jax.objectives.registry import OBJECTIVES
 from codiemb_jax.sharding import make_mesh, row_sharding
@@ -35,7 +35,7 @@ TRAIN = Path(codiemb_jax.__file__).parent / "quickstart" / "data" / "train"
 
 
 def write_data(folder: Path) -> dict[str, list[str]]:
-    """Three IR files of 11 to 13 examples, every third without negatives, and two STS files of 17 and 18."""
+    """Writes IR files with 11 to 13 examples, a third of them without negatives, and STS files with 17 and 18."""
     paths: dict[str, list[str]] = {}
     for task, sizes in (("ir", (11, 12, 13)), ("sts", (17, 18))):
         lines = [line for path in sorted((TRAIN / task).glob("*.jsonl")) for line in path.open(encoding="utf-8")]
@@ -48,7 +48,7 @@ def write_data(folder: Path) -> dict[str, list[str]]:
     return paths
 
 
-def settings_of(golden: Path, folder: Path, **sections) -> dict:
+def make_settings(golden: Path, folder: Path, **sections) -> dict:
     return {
         "output_dir": str(folder / "run"),
         "model": {"path": str(golden / "youtu_tiny"), "compute_dtype": "float32"},
@@ -73,59 +73,59 @@ def settings_of(golden: Path, folder: Path, **sections) -> dict:
         ("cosent", "cosent", 1),
     ],
 )
-def test_the_loss_is_the_mean_of_what_each_device_has(ir, sts, chunks, golden, tmp_path):
-    chosen = {"ir": ir, "sts": sts, "sts_list_size": None}
-    settings = Settings.model_validate(settings_of(golden, tmp_path, encode_chunks=chunks, objective=chosen))
+def test_loss_is_mean_of_device_losses(ir, sts, chunks, golden, tmp_path):
+    objectives = {"ir": ir, "sts": sts, "sts_list_size": None}
+    settings = Settings.model_validate(make_settings(golden, tmp_path, encode_chunks=chunks, objective=objectives))
     mesh = make_mesh(settings.mesh, jax.devices()[:4])
     model = open_model(settings.model, settings.prompt, mesh)
-    encoder = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
+    tokenizer = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
     limits = {"query_max_tokens": 64, "passage_max_tokens": 96}
-    data_sets = [
-        prepare(path, task, encoder, cache=tmp_path / "cache", **limits)
+    datasets = [
+        prepare(path, task, tokenizer, cache=tmp_path / "cache", **limits)
         for task, paths in (("ir", settings.data.ir), ("sts", settings.data.sts))
         for path in paths
     ]
-    sources = [Source(d.path.stem, d.task, d.index) for d in data_sets]
+    sources = [Source(d.path.stem, d.task, d.index) for d in datasets]
     plan = MixedPlan(sources, settings.data, settings.seed, 4)
     graph, objective = model.graph, settings.objective
 
-    def of_device(params: Any, batch: Batch, device: int, is_ir: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """What a device's two examples amount to, computed without the others."""
-        own = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(4, -1, *leaf.shape[1:])[device], batch)
-        encoded = embed_with_middle(nnx.merge(graph, params), own.rows)
-        # Two queries, and three texts of each.
-        first, middle_first = (unit(vectors)[:2] for vectors in encoded)
-        second, middle_second = (unit(vectors)[2:].reshape(2, 3, -1) for vectors in encoded)
+    def device_loss(params: Any, batch: Batch, device: int, is_ir: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the loss of the two examples of one device."""
+        local = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(4, -1, *leaf.shape[1:])[device], batch)
+        embeddings = embed_with_middle(nnx.merge(graph, params), local.rows)
+        # Two queries, then three passages of each.
+        queries, middle_queries = (l2_normalize(vectors)[:2] for vectors in embeddings)
+        passages, middle_passages = (l2_normalize(vectors)[2:].reshape(2, 3, -1) for vectors in embeddings)
         if is_ir:
-            examples = Examples(first, second, own.passages[:, 1:] >= 0, own.scores)
+            examples = Examples(queries, passages, local.passages[:, 1:] >= 0, local.scores)
             return OBJECTIVES[ir]["ir"].compute(examples, objective, Groups(None))
-        # Of a pair's three texts only the first is one.
-        middle = (middle_first, middle_second[:, :1])
-        examples = Examples(first, second[:, :1], jnp.zeros((2, 0), bool), own.scores, middle)
+        # The other passages of an STS pair are padding.
+        middle = (middle_queries, middle_passages[:, :1])
+        examples = Examples(queries, passages[:, :1], jnp.zeros((2, 0), bool), local.scores, middle)
         return OBJECTIVES[sts]["sts"].compute(examples, objective, Groups(None))
 
-    compiled = jax.jit(jax.value_and_grad(of_device, has_aux=True), static_argnums=3)
-    mixes, present = set(), set()
+    device_grad_fn = jax.jit(jax.value_and_grad(device_loss, has_aux=True), static_argnums=3)
+    mixes, has_negatives = set(), set()
     with jax.set_mesh(mesh):
         params = model.load()
-        loss_of = partial(batch_loss, graph, task="mixed", settings=settings, mesh=mesh)
-        whole = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
-        found = [
-            (step, jax.device_get(batch), jax.device_get(whole(params, batch)))
-            for step, batch in batches(plan, data_sets, row_sharding(mesh), start=0, stop=4)
+        loss_fn = partial(batch_loss, graph, task="mixed", settings=settings, mesh=mesh)
+        grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+        results = [
+            (step, jax.device_get(batch), jax.device_get(grad_fn(params, batch)))
+            for step, batch in batches(plan, datasets, row_sharding(mesh), start=0, stop=4)
         ]
     params = jax.device_get(params)
-    for step, batch, ((loss, parts), gradient) in found:
+    for step, batch, ((loss, parts), grads) in results:
         assert step.task == "mixed" and type(batch) is Batch
         expected: dict[str, list[float]] = {}
-        gradients = []
-        is_ir = tuple(data_sets[source].task == "ir" for source in step.sources)
+        all_device_grads = []
+        is_ir = tuple(datasets[source].task == "ir" for source in step.sources)
         for device in range(4):
-            (device_loss, device_parts), device_gradient = compiled(params, batch, device, is_ir[device])
-            gradients.append(device_gradient)
+            (loss_on_device, device_parts), device_grads = device_grad_fn(params, batch, device, is_ir[device])
+            all_device_grads.append(device_grads)
             if ir == sts and not is_ir[device]:
                 device_parts = {f"sts_{name}": value for name, value in device_parts.items()}
-            for name, value in {"loss": device_loss, **device_parts}.items():
+            for name, value in {"loss": loss_on_device, **device_parts}.items():
                 expected.setdefault(name, []).append(float(value))
         assert set(expected) <= {"loss", *parts}
         for name, value in {"loss": loss, **parts}.items():
@@ -133,16 +133,17 @@ def test_the_loss_is_the_mean_of_what_each_device_has(ir, sts, chunks, golden, t
                 assert value == pytest.approx(np.mean(expected[name]), rel=1e-5, abs=1e-6), name
             else:
                 assert np.isnan(value)
-        for one, *others in zip(jax.tree.leaves(gradient), *map(jax.tree.leaves, gradients), strict=True):
-            assert np.isfinite(one).all()
-            np.testing.assert_allclose(one, np.mean(others, axis=0), atol=2e-5 * np.abs(one).max())
+        for leaf, *device_leaves in zip(jax.tree.leaves(grads), *map(jax.tree.leaves, all_device_grads), strict=True):
+            assert np.isfinite(leaf).all()
+            np.testing.assert_allclose(leaf, np.mean(device_leaves, axis=0), atol=2e-5 * np.abs(leaf).max())
         mixes.add(is_ir)
-        present |= set((batch.passages[np.repeat(is_ir, 2), 1:] >= 0).all(axis=1).tolist())
-    assert present == {True, False}  # some queries have negatives, others none
-    assert len(mixes) > 1 and {True, False} == {one for mix in mixes for one in mix}
+        has_negatives |= set((batch.passages[np.repeat(is_ir, 2), 1:] >= 0).all(axis=1).tolist())
+    assert has_negatives == {True, False}  # some queries have negatives, others do not
+    assert len(mixes) > 1 and {True, False} == {value for mix in mixes for value in mix}
 
 
-def start(settings: dict, folder: Path, devices: int, *flags: str) -> subprocess.CompletedProcess:
+def train(settings: dict, folder: Path, devices: int, *flags: str) -> subprocess.CompletedProcess:
+    """Runs the training program in a subprocess with simulated devices."""
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(folder / "settings.yaml"), *flags]
     environment = os.environ | {
@@ -152,12 +153,12 @@ def start(settings: dict, folder: Path, devices: int, *flags: str) -> subprocess
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_it_runs_through_on_four_devices(golden, tmp_path):
-    settings = settings_of(
+def test_training_on_four_devices(golden, tmp_path):
+    settings = make_settings(
         golden, tmp_path, optimizer={"learning_rate": 1e-4, "max_steps": 12}, export=False, mesh={"fsdp": 2}
     )
-    done = start(settings, tmp_path, 4)
-    assert done.returncode == 0, done.stderr
+    process = train(settings, tmp_path, 4)
+    assert process.returncode == 0, process.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12))
     sts_parts = {"pearson", "rank_kl", "pro", "mid_info_nce"}
@@ -167,31 +168,31 @@ def test_it_runs_through_on_four_devices(golden, tmp_path):
         assert line["task"] == "mixed"
         assert len(names) == 4
         assert set(names) <= {"ir0", "ir1", "ir2", "sts0", "sts1"}
-        has = {task: any(name.startswith(task) for name in names) for task in ("ir", "sts")}
-        assert ("info_nce" in line) == has["ir"]
-        assert (set(line) & sts_parts) == (sts_parts if has["sts"] else set())
+        has_task = {task: any(name.startswith(task) for name in names) for task in ("ir", "sts")}
+        assert ("info_nce" in line) == has_task["ir"]
+        assert (set(line) & sts_parts) == (sts_parts if has_task["sts"] else set())
         assert np.isfinite(line["loss"]) and line["grad_norm"] > 0
         mixes.add(tuple(sorted(names)))
     assert len(mixes) > 5
-    # Its steps are made of what four devices hold.
+    # A mixed run cannot be continued on another number of devices.
     settings["mesh"] = {"fsdp": 1}
-    done = start(settings, tmp_path, 2)
-    assert done.returncode == 2
-    assert "devices with different rows (mesh.data x mesh.fsdp): was 4, now 2" in done.stderr
-    assert len(done.stderr.splitlines()) == 2
-    done = start(settings, tmp_path, 4, "--mesh.tensor", "1")
-    assert done.returncode == 0, done.stderr
-    assert "continuing from step 12 of 12" in done.stderr
+    process = train(settings, tmp_path, 2)
+    assert process.returncode == 2
+    assert "devices with different rows (mesh.data x mesh.fsdp): was 4, now 2" in process.stderr
+    assert len(process.stderr.splitlines()) == 2
+    process = train(settings, tmp_path, 4, "--mesh.tensor", "1")
+    assert process.returncode == 0, process.stderr
+    assert "continuing from step 12 of 12" in process.stderr
 
 
-@pytest.mark.parametrize(("task", "pool"), [("ir", {"sts_list_size": 3}), ("sts", {"ir_pool_size": 3})])
-def test_one_task_alone(task, pool, golden, tmp_path):
-    """Pools of the absent task divide nothing, and matter to nobody."""
-    settings = settings_of(golden, tmp_path, optimizer={"max_steps": 2}, export=False)
+@pytest.mark.parametrize(("task", "group_size"), [("ir", {"sts_list_size": 3}), ("sts", {"ir_pool_size": 3})])
+def test_training_on_a_single_task(task, group_size, golden, tmp_path):
+    """The group size of the other task is not checked."""
+    settings = make_settings(golden, tmp_path, optimizer={"max_steps": 2}, export=False)
     settings["data"].pop("sts" if task == "ir" else "ir")
-    settings["objective"] = {"sts_list_size": None} | pool
-    done = start(settings, tmp_path, 4)
-    assert done.returncode == 0, done.stderr
+    settings["objective"] = {"sts_list_size": None} | group_size
+    process = train(settings, tmp_path, 4)
+    assert process.returncode == 0, process.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["task"] for line in lines] == ["mixed"] * 2
     assert all(name.startswith(task) for line in lines for name in line["dataset"])
@@ -206,17 +207,17 @@ def test_one_task_alone(task, pool, golden, tmp_path):
         ("cosent", "info_nce", {"ir": "cosent", "sts": "info_nce"}),
     ],
 )
-def test_other_objectives_run_through(ir, sts, parts, golden, tmp_path):
+def test_training_with_baseline_objectives(ir, sts, parts, golden, tmp_path):
     optimizer = {"learning_rate": 1e-4, "max_steps": 6}
-    settings = settings_of(golden, tmp_path, optimizer=optimizer, export=False)
+    settings = make_settings(golden, tmp_path, optimizer=optimizer, export=False)
     settings["objective"] |= {"ir": ir, "sts": sts}
-    done = start(settings, tmp_path, 4)
-    assert done.returncode == 0, done.stderr
+    process = train(settings, tmp_path, 4)
+    assert process.returncode == 0, process.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6))
     for line in lines:
-        held = {part for task, part in parts.items() if any(name.startswith(task) for name in line["dataset"])}
-        assert set(line) & set(parts.values()) == held
-        assert all(np.isfinite(line[name]) for name in ("loss", "grad_norm", *held))
+        expected = {part for task, part in parts.items() if any(name.startswith(task) for name in line["dataset"])}
+        assert set(line) & set(parts.values()) == expected
+        assert all(np.isfinite(line[name]) for name in ("loss", "grad_norm", *expected))
     assert any(line["grad_norm"] > 0 for line in lines)
     assert set(parts.values()) <= {name for line in lines for name in line}

@@ -1,4 +1,4 @@
-"""A run that is killed and started again leaves what an undisturbed one leaves."""
+"""Tests that a run that is killed and resumed gives the same result as an uninterrupted run."""
 
 import json
 import os
@@ -39,8 +39,8 @@ def finish(process: subprocess.Popen) -> str:
     return output.decode()
 
 
-def lines_of(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock says; a half-written last one counts as none."""
+def read_metrics(path: Path) -> list[dict]:
+    """Reads the complete lines of metrics.jsonl, without the measured times."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [
         {name: value for name, value in json.loads(line).items() if name != "seconds"}
@@ -51,18 +51,18 @@ def lines_of(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, golden):
-    """Output folders of an undisturbed run, and of one killed three times."""
+    """The folder with an uninterrupted run and a run that was killed three times, and the output of the last start."""
     folder = tmp_path_factory.mktemp("resume")
     configs = {}
-    for name in ("undisturbed", "killed"):
+    for name in ("uninterrupted", "killed"):
         configs[name] = folder / f"{name}.yaml"
         configs[name].write_text(SETTINGS.format(output_dir=folder / name, golden=golden))
-    finish(start(configs["undisturbed"], folder / "cache"))
-    # Before the first checkpoint, right after a line that one covers, and late, with old checkpoints removed.
+    finish(start(configs["uninterrupted"], folder / "cache"))
+    # Before the first checkpoint, at a checkpoint, and after old checkpoints have been deleted.
     for lines in (1, 6, 11):
         process = start(configs["killed"], folder / "cache")
         deadline = time.monotonic() + 200
-        while len(lines_of(folder / "killed" / "metrics.jsonl")) < lines:
+        while len(read_metrics(folder / "killed" / "metrics.jsonl")) < lines:
             assert process.poll() is None, process.communicate()[0].decode()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -72,36 +72,36 @@ def runs(tmp_path_factory, golden):
     return folder, output
 
 
-def test_metrics_are_those_of_an_undisturbed_run(runs) -> None:
+def test_resumed_run_has_same_metrics(runs) -> None:
     folder, _ = runs
-    expected = lines_of(folder / "undisturbed" / "metrics.jsonl")
+    expected = read_metrics(folder / "uninterrupted" / "metrics.jsonl")
     assert [line["step"] for line in expected] == list(range(STEPS))
-    assert lines_of(folder / "killed" / "metrics.jsonl") == expected
+    assert read_metrics(folder / "killed" / "metrics.jsonl") == expected
 
 
-def test_weights_are_those_of_an_undisturbed_run(runs) -> None:
+def test_resumed_run_has_same_weights(runs) -> None:
     folder, _ = runs
-    exports = [(folder / name / "export" / "model.safetensors").read_bytes() for name in ("undisturbed", "killed")]
+    exports = [(folder / name / "export" / "model.safetensors").read_bytes() for name in ("uninterrupted", "killed")]
     assert exports[0] == exports[1]
 
 
-def test_it_did_continue(runs) -> None:
+def test_resumed_run_continues_from_a_checkpoint(runs) -> None:
     _, output = runs
     assert "continuing from step" in output
 
 
-def test_a_finished_run_stays_as_it_is(runs) -> None:
+def test_restarting_a_finished_run_changes_nothing(runs) -> None:
     folder, _ = runs
-    metrics = folder / "undisturbed" / "metrics.jsonl"
+    metrics = folder / "uninterrupted" / "metrics.jsonl"
     before = metrics.read_text()
-    finish(start(folder / "undisturbed.yaml", folder / "cache"))
+    finish(start(folder / "uninterrupted.yaml", folder / "cache"))
     assert metrics.read_text() == before
 
 
-def test_other_settings_do_not_continue_a_run(runs) -> None:
+def test_other_settings_exit_with_code_2(runs) -> None:
     folder, _ = runs
     other = folder / "other.yaml"
-    other.write_text((folder / "undisturbed.yaml").read_text().replace("1.0e-3", "2.0e-3"))
+    other.write_text((folder / "uninterrupted.yaml").read_text().replace("1.0e-3", "2.0e-3"))
     process = start(other, folder / "cache")
     output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 2
@@ -109,12 +109,12 @@ def test_other_settings_do_not_continue_a_run(runs) -> None:
     assert "Traceback" not in output
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_serves(runs, tmp_path) -> None:
+def test_damaged_checkpoint_exits_with_code_2_and_the_previous_one_can_be_used(runs, tmp_path) -> None:
     folder, _ = runs
-    shutil.copytree(folder / "undisturbed", tmp_path / "damaged")
+    shutil.copytree(folder / "uninterrupted", tmp_path / "damaged")
     config = tmp_path / "damaged.yaml"
-    undisturbed = (folder / "undisturbed.yaml").read_text()
-    config.write_text(undisturbed.replace(str(folder / "undisturbed"), str(tmp_path / "damaged")))
+    text = (folder / "uninterrupted.yaml").read_text()
+    config.write_text(text.replace(str(folder / "uninterrupted"), str(tmp_path / "damaged")))
     newest = tmp_path / "damaged" / "checkpoints" / str(STEPS)
     max((newest / "params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()).write_bytes(b"")
     process = start(config, folder / "cache")
@@ -123,8 +123,5 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_serves(runs, tmp_pat
     assert f"error: {newest}: the checkpoint cannot be read" in output
     shutil.rmtree(newest)
     finish(start(config, folder / "cache"))
-    names = ("undisturbed", "damaged")
-    lines, again = (
-        lines_of(parent / name / "metrics.jsonl") for parent, name in zip((folder, tmp_path), names, strict=True)
-    )
-    assert again == lines
+    expected = read_metrics(folder / "uninterrupted" / "metrics.jsonl")
+    assert read_metrics(tmp_path / "damaged" / "metrics.jsonl") == expected

@@ -1,6 +1,6 @@
-"""Model families: how each one's Hugging Face config and weight names map to ours.
+"""Model families: mappings from Hugging Face configs and weight names to those of this project.
 
-The family is what `model_type` in config.json says, never guessed from a path.
+`model_type` in config.json determines the family.
 """
 
 from typing import Any
@@ -14,8 +14,12 @@ FAMILIES = {
 }
 
 
-def family_of(hf: dict[str, Any]) -> Family:
-    """The family of a config.json.  UserError if there is none for it."""
+def get_family(hf: dict[str, Any]) -> Family:
+    """Returns the family of a config.json.
+
+    Raises:
+      UserError: If its `model_type` is not supported.
+    """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")

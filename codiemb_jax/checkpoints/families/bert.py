@@ -1,4 +1,4 @@
-"""BERT (bge-large-zh-v1.5, all-MiniLM): transformers' BertModel."""
+"""BERT (bge-large-zh-v1.5, all-MiniLM): BertModel in transformers."""
 
 from functools import partial
 

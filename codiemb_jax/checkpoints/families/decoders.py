@@ -1,4 +1,4 @@
-"""What the decoder families share."""
+"""Shared by the decoder families."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,11 +12,11 @@ from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.rope import Rope
 
 LM_EXTRAS = ("lm_head.weight", "layers.*.self_attn.rotary_emb.inv_freq")
-"""What language-model checkpoints hold beyond the decoder: the head, and RoPE's frequencies in old ones."""
+"""Additional weights in language-model checkpoints: the head, and RoPE frequencies in old ones."""
 
 
 def decoder_weights(qk_norm: bool) -> tuple[Weight, ...]:
-    """The table of a Llama-like decoder, after the optional prefix `model.`."""
+    """Returns the table of a Llama-like decoder, without the prefix."""
     layer = "layers.{layer}."
     table = [
         Weight("embedding", "embed_tokens.weight", False),
@@ -54,20 +54,20 @@ class HFDecoder(HFConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if not self.head_dim:
-            raise ValueError("num_attention_heads must be at most hidden_size, unless there is a head_dim")
+            raise ValueError("num_attention_heads must be at most hidden_size unless head_dim is set")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_key_value_heads must divide num_attention_heads")
         if self.head_dim % 2:
-            raise ValueError("head_dim must be even, for RoPE turns pairs of dimensions")
+            raise ValueError("head_dim must be even because RoPE rotates pairs of dimensions")
         return self
 
 
 def read_decoder_config(
     hf: Mapping[str, Any], *, qk_norm: bool = False, defaults: Mapping[str, Any] = MappingProxyType({}), **scales: float
 ) -> DecoderConfig:
-    """config.json -> DecoderConfig.  `defaults` stand for keys that config.json lacks, as in transformers."""
+    """Reads config.json; `defaults` are the values of missing keys, as in transformers."""
     checked = check_config(HFDecoder, {**defaults, **hf})
-    assert checked.num_key_value_heads and checked.head_dim  # resolved by the check
+    assert checked.num_key_value_heads and checked.head_dim  # set by the validator
     return DecoderConfig(
         vocab_size=checked.vocab_size,
         hidden_size=checked.hidden_size,
@@ -87,13 +87,13 @@ def read_decoder_config(
 
 
 def as_stock(hf: Mapping[str, Any], model_type: str, architecture: str) -> dict[str, Any]:
-    """config.json under the name of an architecture that transformers itself knows."""
+    """Returns config.json for an equivalent architecture that transformers supports natively."""
     checked = check_config(HFDecoder, hf)
-    # Named in full, for where config.json is silent the other architecture has defaults of its own.
-    named = ("head_dim", "num_key_value_heads", "max_position_embeddings")
+    # Set explicitly because the other architecture has different defaults.
+    explicit = ("head_dim", "num_key_value_heads", "max_position_embeddings")
     return {
         **hf,
-        **{name: getattr(checked, name) for name in named},
+        **{name: getattr(checked, name) for name in explicit},
         "model_type": model_type,
         "architectures": [architecture],
     }

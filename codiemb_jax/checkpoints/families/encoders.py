@@ -1,4 +1,4 @@
-"""What the encoder families share."""
+"""Shared by the encoder families."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 assert set(get_args(Activation)) == set(ACTIVATIONS)
 
 EXTRAS = ("pooler.*", "embeddings.position_ids", "embeddings.token_type_ids")
-"""What base checkpoints hold beyond the encoder: the pooler, and constants in old ones."""
+"""Additional weights in base checkpoints: the pooler, and constants in old ones."""
 
 
 class HFEncoder(HFConfig):
@@ -36,7 +36,7 @@ class HFEncoder(HFConfig):
 
 
 def read_encoder_config(hf: Mapping[str, Any], *, first_position: int) -> EncoderConfig:
-    """config.json -> EncoderConfig; what config.json lacks is as in transformers."""
+    """Reads config.json; missing keys have the defaults of transformers."""
     checked = check_config(HFEncoder, hf)
     return EncoderConfig(
         vocab_size=checked.vocab_size,
@@ -46,7 +46,7 @@ def read_encoder_config(hf: Mapping[str, Any], *, first_position: int) -> Encode
         heads=checked.num_attention_heads,
         norm_eps=checked.layer_norm_eps,
         activation=checked.hidden_act,
-        position_rows=checked.max_position_embeddings,
+        num_position_embeddings=checked.max_position_embeddings,
         first_position=first_position,
         token_types=checked.type_vocab_size,
         hidden_dropout=checked.hidden_dropout_prob,
@@ -56,10 +56,10 @@ def read_encoder_config(hf: Mapping[str, Any], *, first_position: int) -> Encode
 
 
 def encoder_weights() -> tuple[Weight, ...]:
-    """The table of a BERT-like encoder, after the optional prefix."""
+    """Returns the table of a BERT-like encoder, without the prefix."""
 
-    def both(ours: str, theirs: str, transpose: bool) -> list[Weight]:
-        return [Weight(ours, f"{theirs}.weight", transpose), Weight(f"{ours}_bias", f"{theirs}.bias", False)]
+    def both(path: str, name: str, transpose: bool) -> list[Weight]:
+        return [Weight(path, f"{name}.weight", transpose), Weight(f"{path}_bias", f"{name}.bias", False)]
 
     layer = "encoder.layer.{layer}."
     return (

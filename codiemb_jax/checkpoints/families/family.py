@@ -1,4 +1,4 @@
-"""What a family consists of, and how a config.json is checked."""
+"""The definition of a model family, and the validation of config.json."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from codiemb_jax.models.encoder import Encoder
 
 
 class Weight(NamedTuple):
-    """One line of a family's table: a weight's path in our tree and its name in the checkpoint.
+    """A row of a family's table: the path of a weight in the parameters and its name in the checkpoint.
 
-    `{layer}` in the name stands for the index along the first axis of our stacked weight.
+    `{layer}` in the name is the index along the first axis of the stacked weight.
     """
 
-    ours: str
-    theirs: str
+    path: str
+    name: str
     transpose: bool
-    """PyTorch keeps [out, in]; we keep [in, out]."""
+    """PyTorch stores [out, in], this project [in, out]."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,21 @@ class Family:
     model_type: str
     model: type[Decoder] | type[Encoder]
     read_config: Callable[[Mapping[str, Any]], Any]
-    """config.json -> what `model` is made of."""
+    """Returns the config of `model`, given config.json."""
     prefix: str
-    """What may stand before the weights' names: the checkpoint of a base model leaves it out."""
+    """Optional prefix of the weight names, absent in checkpoints of the base model."""
     weights: tuple[Weight, ...]
     passthrough: tuple[str, ...]
-    """Names (`*` stands for any part) that a checkpoint may hold and an encoder does not use; they are carried
-    along unchanged."""
+    """Names (with `*` as a wildcard) of weights that a checkpoint may contain but the encoder does not use. They are
+    passed through unchanged."""
     stock: Callable[[dict[str, Any]], dict[str, Any]]
-    """config.json -> config.json of the equal architecture that transformers itself knows."""
+    """Returns config.json for the equivalent architecture in transformers, given config.json."""
     causal: bool = False
-    """Whether transformers attends causally where config.json says nothing."""
+    """Whether attention in transformers is causal by default."""
 
 
 class HFConfig(BaseModel):
-    """The keys of config.json that a model is made of; a value that it does not compute is an error."""
+    """The keys of config.json that a model uses. Unsupported values are errors."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -59,7 +59,11 @@ Checked = TypeVar("Checked", bound=HFConfig)
 
 
 def check_config(kind: type[Checked], hf: Mapping[str, Any]) -> Checked:
-    """UserError that lists every key of config.json that cannot be used."""
+    """Validates config.json.
+
+    Raises:
+      UserError: If any keys are invalid; the message lists all of them.
+    """
     try:
         return kind.model_validate(hf)
     except ValidationError as error:
@@ -68,4 +72,4 @@ def check_config(kind: type[Checked], hf: Mapping[str, Any]) -> Checked:
             field = ".".join(map(str, problem["loc"]))
             found = f", found {problem['input']!r}" if field and problem["type"] != "missing" else ""
             problems.append(f"{field}{': ' if field else ''}{problem['msg'].removeprefix('Value error, ')}{found}")
-        raise UserError("config.json cannot be used:\n" + format_problems(problems)) from error
+        raise UserError("invalid config.json:\n" + format_problems(problems)) from error

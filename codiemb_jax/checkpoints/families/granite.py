@@ -1,4 +1,4 @@
-"""Granite: transformers' name for the function of MiniCPM, in which exports of MiniCPM are written."""
+"""Granite: equivalent to MiniCPM and supported by transformers, so MiniCPM is exported as Granite."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class HFGranite(HFDecoder):
 
 def _read_config(hf: Mapping[str, Any]) -> DecoderConfig:
     checked = check_config(HFGranite, hf)
-    assert checked.head_dim  # resolved by the check
+    assert checked.head_dim  # set by the validator
     expected = checked.head_dim**-0.5
     if not math.isclose(checked.attention_multiplier, expected, rel_tol=1e-6):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Llama (and SmolLM2): transformers' LlamaModel."""
+"""Llama (and SmolLM2): LlamaModel in transformers."""
 
 from codiemb_jax.checkpoints.families.decoders import LM_EXTRAS, decoder_weights, read_decoder_config
 from codiemb_jax.checkpoints.families.family import Family

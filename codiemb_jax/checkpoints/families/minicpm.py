@@ -1,4 +1,4 @@
-"""MiniCPM (MiniCPM-Embedding): a Llama with scaled embeddings and residual branches; transformers' Granite."""
+"""MiniCPM (MiniCPM-Embedding): a Llama with scaled embeddings and residual branches; Granite in transformers."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class HFMiniCPM(HFDecoder):
 
 
 def _scales(hf: Mapping[str, Any]) -> tuple[float, float]:
-    """Factors of the embeddings and of what each layer adds."""
+    """Returns the scales of the embeddings and of the residual branches."""
     checked = check_config(HFMiniCPM, hf)
     return checked.scale_emb, checked.scale_depth / math.sqrt(checked.num_hidden_layers)
 
@@ -33,9 +33,9 @@ def _read_config(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def as_granite(hf: dict[str, Any]) -> dict[str, Any]:
-    """The same model as transformers' stock Granite."""
-    own = ("scale_emb", "scale_depth", "dim_model_base")
-    stock = as_stock({name: value for name, value in hf.items() if name not in own}, "granite", "GraniteModel")
+    """Returns the config.json of the equivalent Granite."""
+    replaced = ("scale_emb", "scale_depth", "dim_model_base")
+    stock = as_stock({name: value for name, value in hf.items() if name not in replaced}, "granite", "GraniteModel")
     embedding, residual = _scales(hf)
     return stock | {
         "embedding_multiplier": embedding,

@@ -1,4 +1,4 @@
-"""Qwen3: transformers' Qwen3Model, a Llama with RMSNorm of each head's queries and keys."""
+"""Qwen3: Qwen3Model in transformers, a Llama with RMSNorm on the queries and keys of each head."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ from codiemb_jax.checkpoints.families.family import Family
 from codiemb_jax.models.decoder import Decoder
 
 DEFAULTS = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}
-"""What transformers takes for keys that config.json lacks."""
+"""Defaults of transformers for keys missing in config.json."""
 
 FAMILY = Family(
     model_type="qwen3",

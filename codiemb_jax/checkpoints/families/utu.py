@@ -1,4 +1,4 @@
-"""UTU (Youtu-Embedding): the function of Qwen3 under its own name, which needs remote code elsewhere."""
+"""UTU (Youtu-Embedding): equivalent to Qwen3, under a name for which transformers needs remote code."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from codiemb_jax.models.decoder import Decoder
 
 
 def as_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
-    """The same model as transformers' stock Qwen3."""
+    """Returns the config.json of the equivalent Qwen3."""
     layers = hf["num_hidden_layers"]
     return as_stock(hf, "qwen3", "Qwen3Model") | {
         "layer_types": ["full_attention"] * layers,

@@ -1,4 +1,4 @@
-"""XLM-RoBERTa (multilingual-e5): a BERT whose positions begin after the padding id; transformers' XLMRobertaModel."""
+"""XLM-RoBERTa (multilingual-e5): XLMRobertaModel in transformers, a BERT with positions after the padding id."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -19,13 +19,13 @@ def _read_config(hf: Mapping[str, Any]) -> EncoderConfig:
     config = read_encoder_config(hf, first_position=check_config(HFXLMRoberta, hf).pad_token_id + 1)
     if config.first_position > config.vocab_size:
         raise UserError(
-            f"config.json: pad_token_id {config.first_position - 1} is no token of a vocabulary of {config.vocab_size} "
-            "(vocab_size)"
+            f"config.json: pad_token_id {config.first_position - 1} is outside the vocabulary of "
+            f"{config.vocab_size} tokens (vocab_size)"
         )
     if config.max_positions < 1:
         raise UserError(
-            f"config.json: max_position_embeddings {config.position_rows} leaves no position after pad_token_id "
-            f"{config.first_position - 1}"
+            f"config.json: max_position_embeddings {config.num_position_embeddings} leaves no position "
+            f"after pad_token_id {config.first_position - 1}"
         )
     return config
 
