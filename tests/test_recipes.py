@@ -68,6 +68,7 @@ TINY_BY_MODEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_training_and_export_of_tiny_model(name, tmp_path, monkeypatch):
     monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / "cache"))

@@ -94,6 +94,7 @@ def manifest_fields(tiny: Path) -> list[tuple[str, ...]]:
     return [("blueprint", *path) for path in fields] + arrays + [("blueprint",)]
 
 
+@pytest.mark.slow
 def test_any_manifest_value_is_harmless_or_raises_user_error(tiny, tmp_path):
     shutil.copytree(tiny / "orbax", tmp_path / "area" / "orbax")
     manifest = (tmp_path / "area" / "orbax" / "blueprint" / "metadata").read_bytes()
@@ -195,6 +196,7 @@ def flip_bit(path: Path, offset: int, mask: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_checkpoint_are_detected_or_harmless(tiny, tmp_path):
     orbax_to_hf(["--checkpoint", str(tiny / "orbax"), "--output", str(tmp_path / "expected")])
     expected = read_files(tmp_path / "expected")
@@ -218,6 +220,7 @@ def assert_equal_trees(actual: Any, expected: Any) -> None:
         assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_run_are_detected_or_harmless(tiny, tmp_path):
     settings = ModelSettings(path=str(tiny / "model"), compute_dtype="float32")
     model = open_model(settings, PromptSettings(), make_mesh(MeshSettings(), jax.devices()[:1]))

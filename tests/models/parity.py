@@ -11,8 +11,8 @@ from transformers import AutoModel
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.checkpoints.model import PretrainedModel, open_model
-from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
-from codiemb_jax.sharding import make_mesh
+from codiemb_jax.config import ModelSettings, PromptSettings
+from codiemb_jax.sharding import cpu_mesh
 
 LENGTHS = (500, 7, 131, 1)
 
@@ -31,7 +31,7 @@ def as_rows(tokens: np.ndarray, mask: np.ndarray) -> TokenRows:
 
 def open_folder(path: Path, attention: str = "bidirectional", **settings: Any) -> PretrainedModel:
     settings = ModelSettings(path=str(path), attention=attention, compute_dtype="float32", **settings)
-    return open_model(settings, PromptSettings(), make_mesh(MeshSettings()))
+    return open_model(settings, PromptSettings(), cpu_mesh())
 
 
 def assert_same_hidden_states(

@@ -110,6 +110,7 @@ def test_minicpm_matches_granite_of_transformers(attention, tmp_path, tokenizer_
     assert not {"scale_emb", "scale_depth", "dim_model_base"} & set(exported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_smollm2_hidden_states_match_transformers(attention, smollm2):
     # Some states of SmolLM2 are about 900, where adjacent float32 numbers differ by 6e-5. There, a single layer in

@@ -46,6 +46,7 @@ def test_number_of_parameters_matches_the_published_model(shape):
     assert count == sum(weight.numel() for weight in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["youtu_embedding", "minicpm_embedding"])
 def test_two_layers_of_full_width_match_transformers(shape, tmp_path):
     folder = tmp_path / "model"

@@ -153,6 +153,7 @@ def make_dropout_settings(golden, bert, chunks: int, **mesh: int) -> Settings:
     return settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
 
 
+@pytest.mark.slow
 def test_dropout_and_projection_do_not_depend_on_devices_or_chunks(golden, cache, bert):
     expected, _ = run(make_dropout_settings(golden, bert, 1), 1, cache)
     for devices, chunks, mesh in ((4, 2, {}), (8, 1, {"fsdp": 2, "tensor": 2})):
@@ -160,6 +161,7 @@ def test_dropout_and_projection_do_not_depend_on_devices_or_chunks(golden, cache
         assert_close(actual, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_steps_and_is_deterministic(golden, cache, bert):
     def losses(dropout: float | None = None) -> list[float]:
         settings = make_dropout_settings(golden, bert, 1)

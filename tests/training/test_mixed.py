@@ -153,6 +153,7 @@ def train(settings: dict, folder: Path, devices: int, *flags: str) -> subprocess
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_training_on_four_devices(golden, tmp_path):
     settings = make_settings(
         golden, tmp_path, optimizer={"learning_rate": 1e-4, "max_steps": 12}, export=False, mesh={"fsdp": 2}
@@ -199,6 +200,7 @@ def test_training_on_a_single_task(task, group_size, golden, tmp_path):
     assert all(("info_nce" in line) == (task == "ir") for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ir", "sts", "parts"),
     [

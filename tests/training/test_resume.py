@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = """
 output_dir: {output_dir}
 model: {{path: {golden}/youtu_tiny}}
