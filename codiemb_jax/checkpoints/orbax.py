@@ -8,6 +8,7 @@ and renamed when complete.
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,8 +122,11 @@ class RunCheckpoints:
     """The checkpoints of a run, one folder per saved step; saving runs in the background."""
 
     def __init__(self, folder: Path, keep: int):
-        self._folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._folder, self._keep = folder.absolute(), keep
+        for leftover in self._folder.glob(".*.deleted"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        # Old checkpoints are deleted here because Orbax would leave half of one behind if it is killed meanwhile.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(
@@ -143,11 +147,21 @@ class RunCheckpoints:
             arrays["passthrough"] = {name: _describe(value) for name, value in passthrough.items()}
             items["passthrough"] = ocp.args.StandardSave(dict(passthrough))
         items[MANIFEST] = ocp.args.JsonSave(_manifest(blueprint, arrays))
+        self._manager.wait_until_finished()
+        self._delete_old()
         self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def _delete_old(self) -> None:
+        """Deletes all but the newest checkpoints. Each is renamed first, so that it is never incomplete."""
+        for step in saved_steps(self._folder)[: -self._keep]:
+            deleted = self._folder / f".{step}.deleted"
+            (self._folder / str(step)).rename(deleted)
+            shutil.rmtree(deleted, ignore_errors=True)
 
     def close(self) -> None:
         """Waits until all checkpoints are on disk."""
         self._manager.wait_until_finished()
+        self._delete_old()
         self._manager.close()
 
 
