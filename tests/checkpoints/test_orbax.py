@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -13,7 +14,7 @@ import tensorstore
 from safetensors.numpy import load_file, save_file
 
 from codiemb_jax.checkpoints.model import PretrainedModel, open_model
-from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, save_model
+from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, RunCheckpoints, is_checkpoint, save_model, saved_steps
 from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
@@ -207,3 +208,22 @@ def test_failed_save_leaves_no_files(tiny, tmp_path):
     with pytest.raises(UserError, match="unreadable"):
         save_model(tmp_path / "orbax", params, {}, model.blueprint)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_is_complete_until_it_is_deleted(tmp_path, monkeypatch):
+    """A run may be killed at any time, also while it deletes an old checkpoint."""
+    write_random_checkpoint("youtu_embedding", tmp_path / "model", **WIDE | {"hidden_size": 128})
+    settings = ModelSettings(path=str(tmp_path / "model"), compute_dtype="float32")
+    model = open_model(settings, PromptSettings(), make_mesh(MeshSettings(), jax.devices()[:1]))
+    params, folder = model.load(), tmp_path / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before anything is deleted
+        checkpoints = RunCheckpoints(folder, keep=2)
+        for step in (1, 2, 3):
+            checkpoints.save(step, params, {"count": jax.numpy.int32(step)}, {}, model.blueprint)
+        checkpoints.close()
+    assert saved_steps(folder) == [2, 3]
+    assert (folder / ".1.deleted").is_dir()
+    RunCheckpoints(folder, keep=1).close()
+    assert [path.name for path in folder.iterdir()] == ["3"]
+    assert is_checkpoint(folder / "3")
