@@ -1,5 +1,6 @@
 """CoDiEmb in JAX: fine-tunes one text encoder for both retrieval and semantic similarity."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from codiemb_jax.errors import UserError
@@ -7,6 +8,9 @@ from codiemb_jax.errors import UserError
 if TYPE_CHECKING:
     from codiemb_jax.config_file import load_settings
     from codiemb_jax.embedder import Embedder
+
+# transformers would print that PyTorch is missing, which is not needed here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Embedder", "UserError", "__version__", "load_settings"]

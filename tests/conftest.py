@@ -32,7 +32,11 @@ if not IS_WORKER:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-NEEDS_TORCH = re.compile(r"^(import|from) (torch|sentence_transformers)\b|\bsentence_transformer\(|\bsmollm2\b", re.M)
+NEEDS_TORCH = re.compile(
+    r"^(import|from) (torch|sentence_transformers|safetensors\.torch|tests\.models\.parity|tests\.checkpoints\.test_safetensors)\b"
+    r"|\bsentence_transformer\(|\bsmollm2\b",
+    re.MULTILINE,
+)
 collect_ignore = [
     str(path.relative_to(Path(__file__).parent))
     for path in sorted(Path(__file__).parent.rglob("test_*.py"))
