@@ -33,7 +33,8 @@ if not IS_WORKER:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 NEEDS_TORCH = re.compile(
-    r"^(import|from) (torch|sentence_transformers|safetensors\.torch|tests\.models\.parity|tests\.checkpoints\.test_safetensors)\b"
+    r"^(import|from) (torch|sentence_transformers|safetensors\.torch)\b"
+    r"|^from tests\.(models\.parity|checkpoints\.test_safetensors)\b"
     r"|\bsentence_transformer\(|\bsmollm2\b",
     re.MULTILINE,
 )
