@@ -1,4 +1,4 @@
-"""Shared fixtures. All tests run offline on eight simulated CPU devices."""
+"""Shared fixtures. Tests run on eight simulated CPU devices and never contact the Hugging Face Hub."""
 
 import os
 

@@ -8,6 +8,7 @@ and renamed when complete.
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ A device reads whole blocks, so it reads only its own shard if the size of the m
 MANIFEST = "blueprint"
 """The item with the manifest. It is written after the arrays, or by Orbax together with them."""
 
+DELETED = re.compile(r"\.\d+\.deleted")
+"""Name of a checkpoint while it is being deleted."""
 REQUIRED_ITEMS = ("_CHECKPOINT_METADATA", MANIFEST, "params")
 """Files and folders in every complete checkpoint."""
 
@@ -124,8 +127,9 @@ class RunCheckpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder, self._keep = folder.absolute(), keep
         for leftover in self._folder.glob(".*.deleted"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        # Old checkpoints are deleted here because Orbax would leave half of one behind if it is killed meanwhile.
+            if DELETED.fullmatch(leftover.name) and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+        # Orbax does not delete atomically: if the run is killed meanwhile, half a checkpoint stays behind.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -312,7 +316,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or set(manifest) != {"blueprint", "arrays", "digest"}:
         raise UserError(f"{folder}: was written by another version of codiemb_jax")
     if manifest.pop("digest") != _digest(manifest):
-        raise _damaged(folder, "the blueprint does not match its checksum")
+        raise _damaged(folder, "the manifest does not match its digest")
     return manifest
 
 
