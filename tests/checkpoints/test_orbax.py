@@ -167,7 +167,7 @@ def test_changed_blueprint_raises_user_error(tiny, tmp_path):
     change_manifest(folder, lambda manifest: manifest)
     assert OrbaxCheckpoint(folder).max_tokens == 512
     change_manifest(folder, lambda manifest: manifest | {"blueprint": manifest["blueprint"] | {"max_tokens": 511}})
-    with pytest.raises(UserError, match=f"{folder}: the checkpoint is damaged: the blueprint does not match its check"):
+    with pytest.raises(UserError, match=f"{folder}: the checkpoint is damaged: the manifest does not match its digest"):
         OrbaxCheckpoint(folder)
 
 
