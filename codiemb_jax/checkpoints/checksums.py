@@ -59,7 +59,8 @@ def array_checksum(array: np.ndarray) -> str:
     words = array.view(np.uint32 if array.itemsize == 8 else _UNSIGNED[array.itemsize])
     total = np.zeros(2, np.uint32)
     for start in range(0, words.size, CHUNK):
-        total += np.asarray(_sums_jitted(words[start : start + CHUNK], np.uint32(start % 2**32)))
+        # A copy, because JAX keeps a reference to its arguments beyond this call, here to the whole array.
+        total += np.asarray(_sums_jitted(words[start : start + CHUNK].copy(), np.uint32(start % 2**32)))
     return _hex(total)
 
 

@@ -248,6 +248,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             self._arrays[infos[i].name] = _describe(array)
             for future in await super().serialize([array], [infos[i]], own_args):
                 future.result()
+            del array  # before the next one is read
         return []
 
     async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
