@@ -83,7 +83,7 @@ def smallest_cosine(checkpoint: Path, export: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for the models")
-    parser.add_argument("--shape", default="youtu_embedding")
+    parser.add_argument("--shape", default="youtu_embedding", help="file in codiemb_jax/shapes (default: %(default)s)")
     work = parser.parse_args().work
     original, orbax, exported, stock = (work / name for name in ("hf", "orbax", "back", "stock"))
     for folder in (orbax, exported, stock):

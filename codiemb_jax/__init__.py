@@ -1,4 +1,4 @@
-"""CoDiEmb in JAX: fine-tunes one text encoder for both retrieval and semantic similarity."""
+"""CoDiEmb in JAX: fine-tunes one text-embedding model for both retrieval and semantic similarity."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from codiemb_jax.config_file import load_settings
     from codiemb_jax.embedder import Embedder
 
-# transformers would print that PyTorch is missing, which is not needed here.
+# Otherwise transformers prints that PyTorch is missing, which is not needed here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"

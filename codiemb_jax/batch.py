@@ -31,7 +31,7 @@ class TokenRows(NamedTuple):
 class Batch(NamedTuple):
     """The texts of a step, grouped into examples.
 
-    The leading axis of every array is split over the devices with different rows. `queries` and `passages` are
+    The leading axis of every array is sharded over the data and fsdp axes of the mesh. `queries` and `passages` are
     device-local: they index the embeddings of their own device, [rows * slots, dim] in row order. An IR example is a
     query with its positives followed by its negatives. An STS example is a pair, as a query with one passage.
     """

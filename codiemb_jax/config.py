@@ -62,16 +62,16 @@ def _as_list(value: Any) -> Any:
 
 
 # Strict, because pydantic would convert True to 1 and strings to numbers.
-Positive = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), AfterValidator(_check_float32)]
-AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(_check_float32)]
+PositiveInt = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), AfterValidator(_check_float32)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(_check_float32)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), AfterValidator(_check_float32)]
 Flag = Annotated[bool, Field(strict=True)]
 OutputPath = Annotated[Path, BeforeValidator(_parse_path)]
 InputPath = Annotated[Path, BeforeValidator(_parse_input_path)]
 Paths = Annotated[list[InputPath], BeforeValidator(_as_list)]
 PromptText = Annotated[str, Field(strict=True, max_length=10_000), BeforeValidator(_check_unicode)]
-"""The limit is generous. It keeps megabytes of text by mistake from being tokenized with every example."""
+"""Longer prompts are mistakes, and would be tokenized with every example."""
 
 
 class Section(BaseModel):
@@ -80,7 +80,7 @@ class Section(BaseModel):
 
 class ModelSettings(Section):
     path: Annotated[str, BeforeValidator(lambda path: str(_parse_input_path(path)))]
-    """Hugging Face folder, Orbax checkpoint of this project, or hub id."""
+    """Hugging Face folder, checkpoint or run folder of this project, or hub id."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token attends to its whole text or only to itself and the tokens before it."""
     pooling: Literal["mean", "weighted_mean", "cls", "last_token"] = "mean"
@@ -94,18 +94,19 @@ class ModelSettings(Section):
     dropout: Fraction | None = None
     """Dropout rate for all dropout layers during training; null uses the rates in config.json."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype of activations and matrix products. On a CPU the default is float32."""
+    """dtype of activations and matrix products. On a CPU, the default is float32."""
     param_dtype: Literal["bfloat16", "float32"] = "float32"
     """dtype of the master weights and of the optimizer's moments."""
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, everything except matrix products, or whole layers."""
+    """What the backward pass recomputes: nothing, everything except products with weight matrices (dots), or whole
+    layers."""
 
 
 class PromptSettings(Section):
     begin: PromptText = ""
     """Literal special tokens before every text. No others are added."""
     query: PromptText = "Instruction: {instruction} Query: "
-    """Prompt of queries with an instruction. Queries without an instruction have no prompt."""
+    """Prompt of queries with an instruction, with the placeholder {instruction}. Queries without one have no prompt."""
     passage: PromptText = ""
     """Prompt of IR passages."""
     end: PromptText = ""
@@ -130,22 +131,22 @@ class DataSettings(Section):
     sampler: Literal["dynamic", "single", "mixed"] = "dynamic"
     """dynamic: each task has its own batch size. single: both tasks have the same batch size. mixed: the same batch
     size, and each device draws its examples from a single dataset and compares only its own (an ablation)."""
-    max_examples: Positive | None = None
+    max_examples: PositiveInt | None = None
     """Number of examples used from each dataset, chosen at random by the seed and the dataset's name; null uses all."""
     ir_share: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
-    """Share of retrieval steps at any point of the run; null gives each task the share of its batches. The number of
-    steps per epoch does not change, so one task's data are used more often and the other's less often."""
-    ir_global_batch_size: Positive = 224
+    """Share of retrieval steps, the same throughout the run; null gives each task the share of its batches. The number
+    of steps per epoch does not change, so the data of one task is used more often and that of the other less often."""
+    ir_global_batch_size: PositiveInt = 224
     """Number of queries per retrieval step, over all devices."""
-    sts_global_batch_size: Positive = 256
+    sts_global_batch_size: PositiveInt = 256
     """Number of pairs per similarity step, over all devices."""
     positives_per_query: Annotated[int, Field(strict=True, gt=0, le=1024)] = 2
     """Number of positives drawn for each query."""
     negatives_per_query: Annotated[int, Field(strict=True, ge=0, le=1024)] = 4
     """Number of hard negatives drawn for each query."""
-    query_max_tokens: Positive = 1024
+    query_max_tokens: PositiveInt = 1024
     """Maximum number of tokens of a query, including its prompt and special tokens."""
-    passage_max_tokens: Positive = 1024
+    passage_max_tokens: PositiveInt = 1024
     """Maximum number of tokens of a passage, including its prompt and special tokens."""
 
     @model_validator(mode="after")
@@ -169,30 +170,30 @@ class ObjectiveSettings(Section):
     ir: Literal["info_nce", "cosent"] = "info_nce"
     """Objective of retrieval steps. cosent is a baseline of the paper."""
     sts: Literal["codi", "info_nce", "cosent"] = "codi"
-    """Objective of similarity steps. codi is the weighted sum of mid-layer InfoNCE, Pearson, rank KL and PRO; the
+    """Objective of similarity steps. codi is the weighted sum of middle-layer InfoNCE, Pearson, rank KL and PRO; the
     others are baselines of the paper."""
-    temperature: AboveZero = 0.02
+    temperature: PositiveFloat = 0.02
     """Temperature of InfoNCE, on both the last and the middle layer."""
-    ir_pool_size: Positive | None = None
-    """Number of queries in each group that is compared; null compares the whole global batch."""
-    sts_list_size: Positive | None = 32
-    """Number of pairs in each group that is ranked; null ranks the whole global batch."""
-    list_temperature: AboveZero = 0.05
+    ir_pool_size: PositiveInt | None = None
+    """Number of queries that share their passages as candidates; null: the whole global batch."""
+    sts_list_size: PositiveInt | None = 32
+    """Number of pairs that are ranked with each other; null: the whole global batch."""
+    list_temperature: PositiveFloat = 0.05
     """Temperature of rank KL, PRO and CoSENT."""
-    pearson_weight: NonNegative = 2.0
+    pearson_weight: NonNegativeFloat = 2.0
     """Weight of the Pearson loss."""
-    rank_kl_weight: NonNegative = 5.0
+    rank_kl_weight: NonNegativeFloat = 5.0
     """Weight of the rank KL loss."""
-    pro_weight: NonNegative = 0.5
+    pro_weight: NonNegativeFloat = 0.5
     """Weight of the PRO loss."""
-    mid_info_nce_weight: NonNegative = 1.0
+    mid_info_nce_weight: NonNegativeFloat = 1.0
     """Weight of InfoNCE on the middle layer; 0 disables it."""
     mid_info_nce_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
     """Minimum score of the pairs that InfoNCE uses as positives in similarity steps."""
 
 
 class OptimizerSettings(Section):
-    learning_rate: NonNegative = 4.0e-5
+    learning_rate: NonNegativeFloat = 4.0e-5
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate schedule after the warmup."""
@@ -200,26 +201,26 @@ class OptimizerSettings(Section):
     """Fraction of all steps, rounded up, over which the learning rate rises linearly from 0."""
     warmup_steps: Annotated[int, Field(strict=True, ge=0, le=MAX_INT)] | None = None
     """Number of warmup steps. Overrides warmup_ratio."""
-    epochs: Positive = 4
+    epochs: PositiveInt = 4
     """Number of passes over the data."""
-    max_steps: Positive | None = None
+    max_steps: PositiveInt | None = None
     """Number of steps. Overrides epochs."""
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW weight decay of the matrices. Norms and biases are never decayed."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW decay rates of the first and second moments."""
-    eps: AboveZero = 1.0e-8
+    eps: PositiveFloat = 1.0e-8
     """AdamW epsilon."""
-    clip_norm: AboveZero | None = None
+    clip_norm: PositiveFloat | None = None
     """Maximum global gradient norm; null disables clipping."""
 
 
 class MeshSettings(Section):
     data: Annotated[int, Field(strict=True, ge=-1, le=MAX_INT)] = -1
     """Size of the data-parallel axis, which splits rows and replicates weights; -1 uses all remaining devices."""
-    fsdp: Positive = 1
+    fsdp: PositiveInt = 1
     """Size of the FSDP axis, which splits rows and shards weights."""
-    tensor: Positive = 1
+    tensor: PositiveInt = 1
     """Size of the tensor-parallel axis, which splits attention heads and MLPs."""
 
     @model_validator(mode="after")
@@ -230,19 +231,19 @@ class MeshSettings(Section):
 
 
 class CheckpointSettings(Section):
-    every_steps: Positive | None = None
+    every_steps: PositiveInt | None = None
     """Save a checkpoint every this many steps; null disables it."""
-    every_epochs: Positive | None = 1
+    every_epochs: PositiveInt | None = 1
     """Save a checkpoint every this many epochs; null disables it."""
-    keep: Positive = 3
+    keep: PositiveInt = 3
     """Number of newest checkpoints to keep."""
 
 
 class EvaluationSettings(Section):
     ir: Paths = []
-    """Held-out retrieval data in the unified format, scored by nDCG@10 over all passages of a file."""
+    """Held-out retrieval data, in the format of data.ir, scored by nDCG@10 over all passages of a file."""
     sts: Paths = []
-    """Held-out similarity data in the unified format, scored by Spearman correlation."""
+    """Held-out similarity data, in the format of data.sts, scored by Spearman correlation."""
 
 
 class TaskSpec(NamedTuple):
@@ -271,7 +272,7 @@ class Settings(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    encode_chunks: Positive = 1
+    encode_chunks: PositiveInt = 1
     """Number of chunks in which a batch is encoded. Gradients are the same, with the memory of a single chunk."""
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

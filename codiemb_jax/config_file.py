@@ -219,7 +219,7 @@ def _format_problem(problem: Any, node: yaml.Node, path: Path, flags: set[str]) 
     if problem["type"] == "extra_forbidden":
         return f"{location}{_shorten_name(field)}: unknown setting"
     if problem["type"] == "missing":
-        return f"{location or f'{path}: '}{field}: is missing"
+        return f"{location or f'{path}: '}{field}: missing (required)"
     message = problem["msg"].removeprefix("Value error, ")
     found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {_format_value(problem['input'])}"
     return f"{location}{field + ': ' if field else ''}{message}{found}"

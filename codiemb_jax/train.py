@@ -1,4 +1,4 @@
-"""Trains an encoder: config -> data -> steps -> checkpoints -> export.
+"""Trains a text-embedding model: config -> data -> steps -> checkpoints -> export.
 
 Run the same command again to continue from the newest checkpoint in output_dir.
 """
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         Parser(prog, __doc__, usage=usage, add_help=False, parents=parents).print_help()
         return
     if not options.config:
-        raise UserError("--config FILE is missing; give a settings file, for example --config quickstart")
+        raise UserError("--config is required; give a settings file, for example --config quickstart")
     if len(options.config) > 1:
         raise UserError(f"--config: given {len(options.config)} times")
     settings = load_settings(find_config(options.config[0]), flags)

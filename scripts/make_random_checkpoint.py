@@ -2,8 +2,8 @@
 
     python scripts/make_random_checkpoint.py --shape youtu_embedding --output models/random_youtu
 
-Shapes are the files in codiemb_jax/shapes. The tokenizer is that of the quickstart, with the special tokens and
-padding id of the model, so the recipe of the model runs.
+--shape names a file in codiemb_jax/shapes. The tokenizer is that of the quickstart, with the special tokens and padding
+id of the model, so that the model's recipe runs.
 """
 
 import argparse

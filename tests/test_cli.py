@@ -57,7 +57,7 @@ def test_version(capsys):
         ([], "the following arguments are required: COMMAND"),
         (["tran"], "invalid choice: 'tran'"),
         (["--config", "quickstart"], "required: COMMAND"),
-        (["train"], "--config FILE is missing"),
+        (["train"], "--config is required"),
         (
             ["train", "--config", "quickstrat"],
             "quickstrat: cannot be read: .*; configurations of this package: ",

@@ -200,8 +200,8 @@ mesh: {fsdp: 0, rows: 1}
     header, *problems = error_lines(text)
     assert header == "invalid settings:"
     expected = {
-        "FILE: output_dir: is missing": "",
-        "FILE: model.path: is missing": "",
+        "FILE: output_dir: missing (required)": "",
+        "FILE: model.path: missing (required)": "",
         "FILE:2: model.pth: unknown setting": "",
         "FILE:3: model.remat: ": "'none', 'dots' or 'full', found 'some'",
         "FILE:4: seed: ": "greater than or equal to 0, found -1",
@@ -351,7 +351,7 @@ def test_invalid_betas_raise_user_error(error_lines):
     problem = "optimizer.betas.0: Input should be a valid number, found True"
     assert error_lines(MINIMAL + "optimizer:\n  betas: [true, 0.9]\n")[1:] == [f"  FILE:7: {problem}"]
     assert error_lines(MINIMAL, "--optimizer.betas", "true,0.9")[1:] == [f"  --{problem}"]
-    assert error_lines(MINIMAL, "--optimizer.betas", "0.9")[1:] == ["  --optimizer.betas.1: is missing"]
+    assert error_lines(MINIMAL, "--optimizer.betas", "0.9")[1:] == ["  --optimizer.betas.1: missing (required)"]
 
 
 COUNTS = [

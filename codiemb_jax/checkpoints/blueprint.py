@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax.checkpoints.safetensors import NUMPY_DTYPES
-from codiemb_jax.config import ModelSettings, Positive, PromptSettings
+from codiemb_jax.config import ModelSettings, PositiveInt, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import is_bare_name, is_unicode
 from codiemb_jax.text.prompts import tokenizer_errors
@@ -76,7 +76,7 @@ class Blueprint(BaseModel):
     """The tokenizer files, base64."""
     code: dict[Annotated[str, AfterValidator(_code_file)], Content]
     """Python files of the folder, base64. They are passed through and never run."""
-    max_tokens: Positive
+    max_tokens: PositiveInt
     """Maximum number of tokens per text."""
     encoding: dict[str, Any]
     """The fields of `ModelSettings` in `ENCODING`."""

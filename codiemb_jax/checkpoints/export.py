@@ -67,7 +67,7 @@ def write_export(
     Args:
       folder: The folder to create.
       params: The parameters.
-      passthrough: Weights that the encoder does not use, by name.
+      passthrough: Weights that the model does not use, by name.
       blueprint: Everything else.
       stock: Whether to use an equivalent architecture that transformers supports natively (utu becomes Qwen3).
         Otherwise the architecture in config.json and the Python files of the original folder are kept.

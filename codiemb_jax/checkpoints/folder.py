@@ -58,7 +58,7 @@ class ModelFolder(ABC):
 
     @abstractmethod
     def stream_passthrough(self) -> dict[str, LazyArray]:
-        """Returns the weights that the encoder does not use, by their full names."""
+        """Returns the weights that the model does not use, by their full names."""
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class PretrainedModel:
         return self.folder.stream(self.abstract)
 
     def stream_passthrough(self) -> dict[str, LazyArray]:
-        """Returns the weights of the folder that the encoder does not use, each read on demand."""
+        """Returns the weights of the folder that the model does not use, each read on demand."""
         return self.folder.stream_passthrough()
 
 

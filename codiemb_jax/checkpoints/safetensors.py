@@ -182,9 +182,9 @@ def check_weights(
                     f"shape: {name} is {list(files.shapes[name])}, expected {list(shape)} from config.json"
                 )
             elif dtypes[name] not in MODEL_DTYPES:
-                mismatched.append(f"dtype: {name} is {dtypes[name]}, supported are {', '.join(MODEL_DTYPES)}")
+                mismatched.append(f"dtype: {name} is {dtypes[name]}, expected one of {', '.join(MODEL_DTYPES)}")
     mismatched += [
-        f"dtype: {name} is {dtypes[name]}, supported are {', '.join(NUMPY_DTYPES)}"
+        f"dtype: {name} is {dtypes[name]}, expected one of {', '.join(NUMPY_DTYPES)}"
         for name in passthrough
         if dtypes[name] not in NUMPY_DTYPES
     ]

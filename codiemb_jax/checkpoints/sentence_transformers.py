@@ -77,7 +77,7 @@ def read_modules(folder: Path) -> Modules | None:
         paths[KINDS.get(kind, shorten(repr(kind)))] = name
     if list(paths) not in SUPPORTED_MODULES or len(paths) != len(modules):
         raise UserError(
-            f"{path}: {' -> '.join(paths)} is not supported; supported are "
+            f"{path}: {' -> '.join(paths)} is not supported; expected one of "
             f"{', '.join(' -> '.join(order) for order in SUPPORTED_MODULES)}. "
             "To train only the transformer, remove modules.json"
         )
@@ -112,8 +112,8 @@ def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, i
     )
     if unsupported := [key for key in UNSUPPORTED_LIMITS if limits.get(key)]:
         raise UserError(
-            f"{folder}: {unsupported[0]} in sentence_*_config.json is not supported; supported are max_seq_length "
-            "and do_lower_case"
+            f"{folder}: {unsupported[0]} in sentence_*_config.json is not supported; only max_seq_length "
+            "and do_lower_case are"
         )
     prompts = config.get("prompts")
     if isinstance(prompts, dict):

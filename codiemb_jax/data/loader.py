@@ -66,7 +66,7 @@ def to_global(parts: Sequence[np.ndarray], starts: Sequence[int], shards: int, s
     """Assembles a global array from the shards of this host.
 
     Args:
-      parts: The shards of this host, one for each of its devices with different rows.
+      parts: The shards of this host, one for each of its devices along the data and fsdp axes.
       starts: The index of each shard among all `shards` of the array.
       shards: Total number of shards.
       sharding: Sharding of the global array.

@@ -19,7 +19,7 @@ class MixedPlan(Plan):
           sources: The datasets.
           settings: The data settings.
           seed: The seed of the run.
-          devices: Number of devices with different rows.
+          devices: Number of devices along the data and fsdp axes of the mesh.
 
         Raises:
           UserError: If there are too few examples for a step.
@@ -28,7 +28,7 @@ class MixedPlan(Plan):
         super().__init__(sources, settings, seed)
         if not self.steps_per_epoch:
             raise UserError(
-                f"sampler: mixed needs a batch for each of the {devices} devices, but the data has fewer; "
+                f"sampler: mixed needs one batch per device ({devices}), but the data has fewer; "
                 "lower data.ir_global_batch_size and data.sts_global_batch_size"
             )
 

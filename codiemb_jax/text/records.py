@@ -1,4 +1,4 @@
-"""Parses and validates data files in the unified format."""
+"""Parses and validates data files in the data format of this project (docs/guides/data.md)."""
 
 import json
 import math

@@ -115,7 +115,7 @@ class MetricsLog:
             self._printed = now
             task = self._progress.tasks[self._task]
             left = timedelta(seconds=round(task.time_remaining or 0))
-            self._console.print(f"step {plan.number + 1} of {task.total}  {status}  left {left}", soft_wrap=True)
+            self._console.print(f"step {plan.number + 1} of {task.total}  {status}  {left} left", soft_wrap=True)
 
     def _write_event(self, step: int, **content: Any) -> None:
         self._board.add_event(Event(step=step, wall_time=time.time(), **content))

@@ -23,7 +23,7 @@ from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import dataset_names, find_files
 from codiemb_jax.training.run_folder import RunFolder
 
-DEVICES = "devices with different rows (mesh.data x mesh.fsdp)"
+DEVICES = "batch shards (mesh.data x mesh.fsdp)"
 """Key of the number of devices in the inputs of a run with `sampler: mixed`, whose steps depend on it."""
 
 
@@ -142,7 +142,7 @@ def check_batch_sizes(settings: Settings, shards: int) -> None:
 
     Args:
       settings: The settings.
-      shards: Number of devices with different rows.
+      shards: Number of batch shards.
 
     Raises:
       UserError: If a batch size is not a multiple of devices x chunks, or a group spans devices (`sampler: mixed`).
@@ -158,8 +158,7 @@ def check_batch_sizes(settings: Settings, shards: int) -> None:
         if size % (shards * settings.encode_chunks):
             problems.append(
                 f"{task.batch_size_setting} {size} must be a multiple of {shards * settings.encode_chunks}: "
-                f"{shards} devices with different rows (mesh.data x mesh.fsdp) x encode_chunks "
-                f"{settings.encode_chunks}"
+                f"{shards} batch shards (mesh.data x mesh.fsdp) x encode_chunks {settings.encode_chunks}"
             )
     if problems:
         raise UserError("batches cannot be split evenly over the mesh:\n" + format_problems(problems))
@@ -180,7 +179,7 @@ def check_objectives(settings: Settings) -> None:
 
 
 def check_negatives(settings: Settings, sources: Sequence[Source]) -> None:
-    """Checks that the data have the negatives that the objectives need.
+    """Checks that the data has the negatives that the objectives need.
 
     Raises:
       UserError: If an objective needs negatives and a dataset has none.

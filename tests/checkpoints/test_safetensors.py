@@ -339,7 +339,7 @@ def test_all_mismatches_are_listed_at_once(prefix, write_model):
             f"  missing: {prefix}layers.1.self_attn.k_norm.weight [8]",
             f"  shape: {prefix}layers.0.mlp.down_proj.weight is [24, 16], expected [16, 24] from config.json",
             f"  shape: {prefix}embed_tokens.weight is [301, 16], expected [300, 16] from config.json",
-            f"  dtype: {prefix}layers.2.mlp.up_proj.weight is I32, supported are F32, F16, BF16",
+            f"  dtype: {prefix}layers.2.mlp.up_proj.weight is I32, expected one of F32, F16, BF16",
             f"  unexpected: {prefix}layers.2.self_attn.q_proj.bias [32]",
             *[f"  unexpected: {prefix}layers.3.extra{i} [{i}]" for i in range(30)],
         ]
@@ -413,7 +413,7 @@ def test_passthrough_weight_with_unsupported_dtype_raises_user_error(write_model
     weights = {name: torch.from_numpy(weight) for name, weight in random_weights(config, ("F32",)).items()}
     head = torch.zeros((300, 16), dtype=torch.float8_e4m3fn)
     save_torch_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
-    assert "dtype: lm_head.weight is F8_E4M3, supported are BF16, F16, F32, F64, I8" in error_message(folder)
+    assert "dtype: lm_head.weight is F8_E4M3, expected one of BF16, F16, F32, F64, I8" in error_message(folder)
 
 
 def test_pickled_weights_raise_user_error(write_model):

@@ -78,7 +78,7 @@ IDENTITY = {"activation_function": "torch.nn.modules.linear.Identity", "bias": T
 @pytest.mark.parametrize(
     ("modules", "dense", "message"),
     [
-        ([TRANSFORMER], {}, "modules.json: Transformer is not supported; supported are Transformer -> Pooling,"),
+        ([TRANSFORMER], {}, "modules.json: Transformer is not supported; expected one of Transformer -> Pooling,"),
         (
             [TRANSFORMER, POOLING, module("LayerNorm", "dense")],
             {},

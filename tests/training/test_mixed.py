@@ -179,7 +179,7 @@ def test_training_on_four_devices(golden, tmp_path):
     settings["mesh"] = {"fsdp": 1}
     process = train(settings, tmp_path, 2)
     assert process.returncode == 2
-    assert "devices with different rows (mesh.data x mesh.fsdp): was 4, now 2" in process.stderr
+    assert "batch shards (mesh.data x mesh.fsdp): was 4, now 2" in process.stderr
     assert len(process.stderr.splitlines()) == 2
     process = train(settings, tmp_path, 4, "--mesh.tensor", "1")
     assert process.returncode == 0, process.stderr

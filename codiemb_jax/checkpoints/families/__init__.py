@@ -22,5 +22,7 @@ def get_family(hf: dict[str, Any]) -> Family:
     """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"config.json: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
+        )
     return FAMILIES[model_type]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from codiemb_jax.checkpoints.families.family import HFConfig, Weight, check_config
-from codiemb_jax.config import AboveZero, Fraction, Positive
+from codiemb_jax.config import Fraction, PositiveFloat, PositiveInt
 from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.rope import Rope
 
@@ -38,10 +38,10 @@ def decoder_weights(qk_norm: bool) -> tuple[Weight, ...]:
 
 
 class HFDecoder(HFConfig):
-    num_key_value_heads: Positive | None = None
-    head_dim: Positive | None = None
-    rms_norm_eps: AboveZero
-    max_position_embeddings: Positive = 2048
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    rms_norm_eps: PositiveFloat
+    max_position_embeddings: PositiveInt = 2048
     attention_dropout: Fraction = 0.0
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from pydantic import model_validator
 
 from codiemb_jax.checkpoints.families.family import HFConfig, Weight, check_config
-from codiemb_jax.config import AboveZero, Fraction, Positive
+from codiemb_jax.config import Fraction, PositiveFloat, PositiveInt
 from codiemb_jax.models.encoder import ACTIVATIONS, EncoderConfig
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
@@ -18,10 +18,10 @@ EXTRAS = ("pooler.*", "embeddings.position_ids", "embeddings.token_type_ids")
 
 class HFEncoder(HFConfig):
     hidden_act: Activation = "gelu"
-    layer_norm_eps: AboveZero = 1e-12
-    max_position_embeddings: Positive = 512
+    layer_norm_eps: PositiveFloat = 1e-12
+    max_position_embeddings: PositiveInt = 512
     position_embedding_type: Literal["absolute"] | None = "absolute"
-    type_vocab_size: Positive = 2
+    type_vocab_size: PositiveInt = 2
     hidden_dropout_prob: Fraction = 0.1
     attention_probs_dropout_prob: Fraction = 0.1
     is_decoder: Literal[False] = False

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from codiemb_jax.config import Positive
+from codiemb_jax.config import PositiveInt
 from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.models.encoder import Encoder
@@ -34,7 +34,7 @@ class Family:
     """Optional prefix of the weight names, absent in checkpoints of the base model."""
     weights: tuple[Weight, ...]
     passthrough: tuple[str, ...]
-    """Names (with `*` as a wildcard) of weights that a checkpoint may contain but the encoder does not use. They are
+    """Names (with `*` as a wildcard) of weights that a checkpoint may contain but the model does not use. They are
     passed through unchanged."""
     stock: Callable[[dict[str, Any]], dict[str, Any]]
     """Returns config.json for the equivalent architecture in transformers, given config.json."""
@@ -47,11 +47,11 @@ class HFConfig(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
     num_hidden_layers: Annotated[int, Field(strict=True, gt=0, le=1000)]
-    num_attention_heads: Positive
+    num_attention_heads: PositiveInt
     initializer_range: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.02
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 from codiemb_jax.checkpoints.families.decoders import LM_EXTRAS, HFDecoder, decoder_weights, read_decoder_config
 from codiemb_jax.checkpoints.families.family import Family, check_config
-from codiemb_jax.config import AboveZero
+from codiemb_jax.config import PositiveFloat
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.decoder import Decoder, DecoderConfig
 
 
 class HFGranite(HFDecoder):
-    embedding_multiplier: AboveZero = 1.0
-    residual_multiplier: AboveZero = 1.0
-    attention_multiplier: AboveZero = 1.0
+    embedding_multiplier: PositiveFloat = 1.0
+    residual_multiplier: PositiveFloat = 1.0
+    attention_multiplier: PositiveFloat = 1.0
 
 
 def _read_config(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -23,7 +23,7 @@ def _read_config(hf: Mapping[str, Any]) -> DecoderConfig:
     expected = checked.head_dim**-0.5
     if not math.isclose(checked.attention_multiplier, expected, rel_tol=1e-6):
         raise UserError(
-            f"config.json: attention_multiplier {checked.attention_multiplier} is not supported; supported is "
+            f"config.json: attention_multiplier {checked.attention_multiplier} is not supported; expected "
             f"head_dim ** -0.5 = {expected}"
         )
     return read_decoder_config(

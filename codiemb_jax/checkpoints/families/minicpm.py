@@ -12,13 +12,13 @@ from codiemb_jax.checkpoints.families.decoders import (
     read_decoder_config,
 )
 from codiemb_jax.checkpoints.families.family import Family, check_config
-from codiemb_jax.config import AboveZero
+from codiemb_jax.config import PositiveFloat
 from codiemb_jax.models.decoder import Decoder, DecoderConfig
 
 
 class HFMiniCPM(HFDecoder):
-    scale_emb: AboveZero = 1.0
-    scale_depth: AboveZero = 1.0
+    scale_emb: PositiveFloat = 1.0
+    scale_depth: PositiveFloat = 1.0
 
 
 def _scales(hf: Mapping[str, Any]) -> tuple[float, float]:
