@@ -84,12 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for the models")
     parser.add_argument("--shape", default="youtu_embedding", help="file in codiemb_jax/shapes (default: %(default)s)")
-    work = parser.parse_args().work
+    options = parser.parse_args()
+    work = options.work
     original, orbax, exported, stock = (work / name for name in ("hf", "orbax", "back", "stock"))
     for folder in (orbax, exported, stock):
         shutil.rmtree(folder, ignore_errors=True)
     if not original.exists():
-        measure("scripts/make_random_checkpoint.py", "--shape", parser.parse_args().shape, "--output", str(original))
+        script = Path(__file__).parent.parent / "scripts" / "make_random_checkpoint.py"
+        measure(str(script), "--shape", options.shape, "--output", str(original))
     size = sum(path.stat().st_size for path in original.glob("*.safetensors")) / 1e9
     table = Table("step", "seconds", "peak memory (GB)", "peak memory / checkpoint size")
     steps = {

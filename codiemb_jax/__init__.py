@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from codiemb_jax.errors import UserError
+from codiemb_jax.version import __version__
 
 if TYPE_CHECKING:
     from codiemb_jax.config_file import load_settings
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
 # Otherwise transformers prints that PyTorch is missing, which is not needed here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-__version__ = "0.1.0"
 __all__ = ["Embedder", "UserError", "__version__", "load_settings"]
 
 

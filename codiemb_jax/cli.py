@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from codiemb_jax import __version__
 from codiemb_jax.program import Parser, run_program
+from codiemb_jax.version import __version__
 
 PROGRAMS = {
     "train": ("codiemb_jax.train", "fine-tune a model, or continue a run that was stopped"),
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subcommands = parser.add_subparsers(title="subcommands", metavar="COMMAND", dest="command", required=True)
     for name, (_, help_text) in PROGRAMS.items():
         subcommands.add_parser(name, help=help_text, add_help=False)
-    options, rest = parser.parse_known_args(arguments[:1])
+    options = parser.parse_args(arguments[:1])
     module, _ = PROGRAMS[options.command]
     import_module(module).main(arguments[1:], prog=f"codiemb {options.command}")
 

@@ -1,6 +1,6 @@
 """All settings of a run, with types, descriptions and validation. Unknown keys are errors."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -51,7 +51,10 @@ def _parse_path(value: Any) -> Path:
 
 def _parse_input_path(value: Any) -> Path:
     if isinstance(value, str) and value.startswith(PACKAGE_SCHEME):
-        return Path(__file__).parent / _check_unicode(value).removeprefix(PACKAGE_SCHEME)
+        inner = PurePosixPath(_check_unicode(value).removeprefix(PACKAGE_SCHEME))
+        if inner.is_absolute() or ".." in inner.parts:
+            raise ValueError(f"{PACKAGE_SCHEME} paths must stay inside the package")
+        return Path(__file__).parent / inner
     return _parse_path(value)
 
 
@@ -236,7 +239,7 @@ class CheckpointSettings(Section):
     every_epochs: PositiveInt | None = 1
     """Save a checkpoint every this many epochs; null disables it."""
     keep: PositiveInt = 3
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep. While a checkpoint is being saved, there is one more."""
 
 
 class EvaluationSettings(Section):

@@ -65,7 +65,7 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
 
 def find_config(name: str) -> Path:
     """Returns the path of a settings file, given as a path or as the name of a configuration in this package."""
-    return CONFIGS[name] if name in CONFIGS and not Path(name).exists() else Path(name)
+    return CONFIGS[name] if name in CONFIGS and not Path(name).is_file() else Path(name)
 
 
 def _set_nested(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:

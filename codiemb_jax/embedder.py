@@ -82,7 +82,7 @@ class Embedder:
     ) -> "Embedder":
         """Loads a model.
 
-        A Hugging Face folder encodes exactly as in sentence-transformers. A checkpoint encodes exactly as in training,
+        A Hugging Face folder is used like sentence-transformers does, a checkpoint exactly as in training,
         where the boundary between prompt and text is found by character offsets.
 
         Args:

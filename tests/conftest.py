@@ -45,8 +45,9 @@ collect_ignore = [
 ]
 
 
-def pytest_report_header() -> str | None:
-    return f"PyTorch is not installed; not collected: {', '.join(collect_ignore)}" if collect_ignore else None
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if collect_ignore:
+        terminalreporter.write_line(f"not collected, because PyTorch is not installed: {', '.join(collect_ignore)}")
 
 
 # Tests must not fail because the machine is busy.

@@ -80,11 +80,25 @@ def test_a_file_takes_precedence_over_a_configuration_of_the_package(tmp_path, m
     assert find_config("other.yaml") == Path("other.yaml")
 
 
-def test_configurations_are_the_files_of_configs():
+def test_folder_does_not_hide_a_config_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()
+    assert find_config("quickstart") == PACKAGE / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "quickstart/../../secret"])
+def test_package_paths_stay_inside_the_package(path, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"output_dir: run\nmodel: {{path: m}}\ndata: {{ir: 'package://{path}'}}\n")
+    with pytest.raises(UserError, match="package:// paths must stay inside the package"):
+        load_settings(settings)
+
+
+def test_every_config_file_has_a_name():
     assert CONFIGS.keys() == {path.stem for path in (PACKAGE.parent / "configs").glob("*.yaml")}
 
 
-def test_quickstart_reads_what_the_package_carries(tmp_path, monkeypatch):
+def test_quickstart_reads_only_package_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = load_settings(find_config("quickstart"))
     paths = [*settings.data.ir, *settings.data.sts, *settings.evaluation.ir, *settings.evaluation.sts]

@@ -49,6 +49,13 @@ def page_name(page: Path) -> str:
 for_all_pages = pytest.mark.parametrize("page", PAGES, ids=page_name)
 
 
+def for_pages_with(language: str, *names: str) -> pytest.MarkDecorator:
+    """Parametrizes a test with the pages that have code blocks of a language, which must be those named."""
+    pages = [page for page in PAGES if code_blocks(page, language)]
+    assert [page_name(page) for page in pages] == list(names), language
+    return pytest.mark.parametrize("page", pages, ids=page_name)
+
+
 def test_settings_page_is_up_to_date():
     path = REPOSITORY / "scripts" / "make_settings_doc.py"
     spec = importlib.util.spec_from_file_location("make_settings_doc", path)
@@ -145,7 +152,7 @@ def test_mentioned_tests_exist(page):
             assert any(name.startswith("test_") and keyword in name for name in names), f"{path} -k {keyword}"
 
 
-@for_all_pages
+@for_pages_with("yaml", "README.md", "docs/guides/train.md")
 def test_settings_examples_are_valid(page, tmp_path):
     for block in code_blocks(page, "yaml"):
         (tmp_path / "settings.yaml").write_text(block, encoding="utf-8")
@@ -161,7 +168,7 @@ def test_mentioned_settings_exist(page):
             assert field in fields[section], f"{section}.{field}"
 
 
-@for_all_pages
+@for_pages_with("json", "README.md", "docs/guides/data.md")
 def test_data_examples_are_valid(page, tmp_path):
     for block in code_blocks(page, "json"):
         for line in block.splitlines():
@@ -185,7 +192,9 @@ def working_folder(golden, tmp_path_factory) -> Path:
     return folder
 
 
-@for_all_pages
+@for_pages_with(
+    "python", "README.md", "docs/guides/data.md", "docs/guides/export.md", "docs/guides/train.md", "docs/index.md"
+)
 def test_python_examples_run(page, working_folder, monkeypatch):
     monkeypatch.chdir(working_folder)
     for block in code_blocks(page, "python"):

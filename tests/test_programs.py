@@ -10,23 +10,34 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = ("codiemb_jax.train", "convert.hf_to_orbax", "convert.orbax_to_hf")
+PROGRAMS = {
+    "codiemb_jax.train": {
+        "--config",
+        "--output_dir",
+        "--model.path",
+        "--optimizer.learning_rate",
+        "--data.max_examples",
+    },
+    "convert.hf_to_orbax": {"--model", "--output"},
+    "convert.orbax_to_hf": {"--checkpoint", "--output", "--verify"},
+    "codiemb": {"--version"},
+}
 ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_lists_flags_and_imports_no_jax(program):
+    run = f"runpy.run_module('{program}', run_name='__main__')"
+    if program == "codiemb":
+        run = "from codiemb_jax.cli import run; run()"
     code = (
         f"import runpy, sys\nsys.argv = ['x', '--help']\n"
-        f"try:\n    runpy.run_module('{program}', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+        f"try:\n    {run}\nexcept SystemExit:\n    pass\n"
         "assert not {'jax', 'torch', 'transformers', 'orbax'} & set(sys.modules), sorted(sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
     flags = set(re.findall(r"--[\w.]+", output))
-    if program == "codiemb_jax.train":
-        assert {"--config", "--output_dir", "--model.path", "--optimizer.learning_rate", "--data.max_examples"} <= flags
-    else:
-        assert "--output" in flags
+    assert PROGRAMS[program] <= flags
 
 
 def test_training_imports_no_pytorch_or_tensorflow():

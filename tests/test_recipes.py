@@ -51,7 +51,8 @@ def test_settings_match_original(name):
     assert (objective.temperature, objective.mid_info_nce_weight, objective.mid_info_nce_threshold) == (0.02, 1.0, 1.0)
     assert (objective.ir_pool_size, objective.sts_list_size) == (None, 32)  # all devices; one device
     assert (settings.seed, model.attention, model.normalize, model.remat) == (49, "bidirectional", True, "full")
-    check_batch_sizes(settings, 8)
+    for devices in (1, 2, 4, 8):
+        check_batch_sizes(settings, devices)
     hf = json.loads((PACKAGE / "shapes" / f"{name}.json").read_text())
     assert get_family(hf).read_config(hf).max_positions >= data.query_max_tokens
 

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from codiemb_jax.models.build import Params
 from codiemb_jax.models.decoder import Decoder
 from codiemb_jax.text.prompts import PromptTokenizer, prompt_texts
 from codiemb_jax.text.sentence import SentencePrompts
+from codiemb_jax.version import __version__
 
 _LONG_TEXT = (
     "The committee met in the spring to settle the budget of the coming year, heard the reports of the three working "
@@ -208,7 +208,7 @@ def _model_card(blueprint: Blueprint, family: Family, sentence: SentencePrompts,
     rows = "\n".join(
         f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in sentence.prompts.items()
     )
-    exported_by = f"codiemb_jax {version('codiemb-jax')} ([CoDiEmb](https://arxiv.org/abs/2508.11442))"
+    exported_by = f"codiemb_jax {__version__} ([CoDiEmb](https://arxiv.org/abs/2508.11442))"
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity

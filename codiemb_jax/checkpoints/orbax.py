@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ class RunCheckpoints:
         # Orbax does not delete atomically: if the run is killed meanwhile, half a checkpoint stays behind.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._deletions = ThreadPoolExecutor(1)
 
     def save(
         self,
@@ -156,16 +158,20 @@ class RunCheckpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def _delete_old(self) -> None:
-        """Deletes all but the newest checkpoints. Each is renamed first, so that it is never incomplete."""
+        """Deletes all but the newest checkpoints, in the background.
+
+        Each is renamed first, so that a checkpoint under its own name is always complete.
+        """
         for step in saved_steps(self._folder)[: -self._keep]:
             deleted = self._folder / f".{step}.deleted"
             (self._folder / str(step)).rename(deleted)
-            shutil.rmtree(deleted, ignore_errors=True)
+            self._deletions.submit(shutil.rmtree, deleted, ignore_errors=True)
 
     def close(self) -> None:
         """Waits until all checkpoints are on disk."""
         self._manager.wait_until_finished()
         self._delete_old()
+        self._deletions.shutdown()
         self._manager.close()
 
 

@@ -87,7 +87,7 @@ def verify(folder: Path, model: PretrainedModel, embedder: TokenEmbedder) -> boo
     if off_by_one:
         console.print(
             f"{len(off_by_one)} more texts tokenize the space at the end of the prompt differently, which "
-            f"sentence-transformers cannot represent: smallest cosine {min(off_by_one):.7f} (docs/guides/export.md)"
+            f"sentence-transformers cannot represent: smallest cosine {min(off_by_one):.7f} (see the export guide)"
         )
     if mismatches:
         console.print("token ids or embeddings differ:", *mismatches, sep="\n  ")

@@ -115,7 +115,7 @@ def _read_errors(folder: Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Returns the cache folder of prepared datasets: $CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax."""
+    """Returns the cache folder, for prepared datasets: $CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax."""
     return Path(os.environ.get("CODIEMB_JAX_CACHE") or Path.home() / ".cache" / "codiemb_jax")
 
 

@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class MetricsLog:
-    """Writes one line per step to metrics.jsonl, the same values to TensorBoard, and shows a progress bar.
+    """Writes the metrics of each step to metrics.jsonl and TensorBoard, and shows a progress bar.
 
     A resumed run keeps the lines of the steps before its checkpoint and rewrites the others, so every step has exactly
     one line.

@@ -380,7 +380,7 @@ def test_mixed_row_length_fits_the_longest_text_of_all_devices():
 
 
 def test_mixed_with_too_few_batches_raises_user_error():
-    with pytest.raises(UserError, match="mixed needs a batch for each of the 4 devices"):
+    with pytest.raises(UserError, match=r"mixed needs one batch per device \(4\)"):
         make_mixed(sources=[make_source("few", "ir", 7, 1)])
     with pytest.raises(UserError, match="few: 1 examples, a device's part of data.ir_global_batch_size is 2"):
         make_mixed(sources=[make_source("few", "ir", 1, 1), make_source("enough", "ir", 9, 1)])
