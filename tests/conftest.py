@@ -50,6 +50,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"not collected, because PyTorch is not installed: {', '.join(collect_ignore)}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Modules with slow tests first, so that no worker ends long after the others.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 # Tests must not fail because the machine is busy.
 hypothesis.settings.register_profile(
     "project", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]

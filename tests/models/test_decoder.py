@@ -194,7 +194,7 @@ def test_embedding_gradients_accumulate_in_float32(tmp_path, tokenizer_files):
     torch.manual_seed(4)
     qwen3().save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
-    tokens = np.full((8, 400), 7)
+    tokens = np.full((4, 400), 7)
     gradients = {}
     for dtype in ("float32", "bfloat16"):
         settings = ModelSettings(path=str(tmp_path), compute_dtype=dtype)
@@ -205,8 +205,8 @@ def test_embedding_gradients_accumulate_in_float32(tmp_path, tokenizer_files):
             hidden, _ = nnx.merge(pretrained.graph, params)(rows, 0, lambda _: ())
             return jnp.sum(hidden[..., :5].astype(jnp.float32))
 
-        gradients[dtype] = np.asarray(jax.grad(loss)(pretrained.load())["embedding"][7])
-    # In bfloat16, a sum of equal terms stops growing after about 256 of the 3200 terms.
+        gradients[dtype] = np.asarray(jax.jit(jax.grad(loss))(pretrained.load())["embedding"][7])
+    # In bfloat16, a sum of equal terms stops growing after about 256 of the 1600 terms.
     np.testing.assert_allclose(
         gradients["bfloat16"], gradients["float32"], rtol=0.1, atol=0.03 * np.abs(gradients["float32"]).max()
     )
