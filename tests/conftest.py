@@ -45,7 +45,9 @@ collect_ignore = [
 ]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.markexpr == "not slow":
+        terminalreporter.write_line("tests marked slow were not run; pytest -m slow runs them")
     if collect_ignore:
         terminalreporter.write_line(f"not collected, because PyTorch is not installed: {', '.join(collect_ignore)}")
 
