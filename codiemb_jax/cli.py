@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subcommands = parser.add_subparsers(title="subcommands", metavar="COMMAND", dest="command", required=True)
     for name, (_, help_text) in PROGRAMS.items():
         subcommands.add_parser(name, help=help_text, add_help=False)
+    if not arguments:
+        parser.print_help()
+        return
     options = parser.parse_args(arguments[:1])
     module, _ = PROGRAMS[options.command]
     import_module(module).main(arguments[1:], prog=f"codiemb {options.command}")

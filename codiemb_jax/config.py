@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from codiemb_jax.batch import Task
-from codiemb_jax.errors import shorten
+from codiemb_jax.files import local_path
 
 MAX_INT = 2**31 - 1
 """Step numbers, sizes and token ids are int32."""
@@ -43,10 +43,7 @@ def _parse_path(value: Any) -> Path:
         raise ValueError("a path must be a non-empty string")
     if value.startswith(PACKAGE_SCHEME):
         raise ValueError(f"{PACKAGE_SCHEME} is only for input files that are included in the package")
-    try:
-        return Path(_check_unicode(value)).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"no home directory for {shorten(value.split('/')[0])}") from error
+    return local_path(_check_unicode(value))
 
 
 def _parse_input_path(value: Any) -> Path:

@@ -1,6 +1,7 @@
 """Loads settings from a YAML file and flags (`--optimizer.learning_rate 1e-5`). Flags override the file."""
 
 import argparse
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,9 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
 
 def find_config(name: str) -> Path:
     """Returns the path of a settings file, given as a path or as the name of a configuration in this package."""
-    return CONFIGS[name] if name in CONFIGS and not Path(name).is_file() else Path(name)
+    # A link whose target is missing is a user's file, too, and a folder is not.
+    is_own_file = os.path.lexists(name) and not Path(name).is_dir()
+    return CONFIGS[name] if name in CONFIGS and not is_own_file else Path(name)
 
 
 def _set_nested(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
@@ -148,6 +151,8 @@ def _parse_yaml(text: str) -> Any:
 
 def _read(path: Path) -> tuple[dict[str, Any], yaml.Node]:
     """Reads the values of a file, and its YAML nodes with line numbers."""
+    if path.exists() and not path.is_file():  # reading a named pipe would block
+        raise UserError(f"{path}: is not a file")
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         loader.name = str(path)

@@ -1,6 +1,7 @@
 """JSON reading with clear errors; atomic writes."""
 
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -8,7 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from codiemb_jax.errors import UserError
+from codiemb_jax.errors import UserError, shorten
+
+
+def local_path(text: str) -> Path:
+    """Returns the path of a local file or folder, with `~` expanded.
+
+    Raises:
+      ValueError: If it is the address of a remote file, or there is no home directory.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise ValueError("remote paths are not supported; give a local path")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"no home directory for {shorten(text.split('/')[0])}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -121,4 +136,4 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
             raise  # an error of reading, not of writing
-        raise UserError(f"{folder}: cannot be written: {error}") from error
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error

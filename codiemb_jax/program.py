@@ -7,9 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from codiemb_jax.errors import UserError, shorten
+from codiemb_jax.files import local_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +23,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(shorten(message, 300))
+
+
+def path_argument(text: str) -> Path:
+    """Parses the value of a flag that is a path."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shorten(text)}: {error}") from error
 
 
 @contextmanager

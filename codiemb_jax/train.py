@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         Parser(prog, __doc__, usage=usage, add_help=False, parents=parents).print_help()
         return
     if not options.config:
+        flags_parser().parse_args(flags)  # an unknown flag may be a misspelled --config
         raise UserError("--config is required; give a settings file, for example --config quickstart")
     if len(options.config) > 1:
         raise UserError(f"--config: given {len(options.config)} times")

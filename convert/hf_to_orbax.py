@@ -4,16 +4,15 @@ Pooling, prompts and length limits of a sentence-transformers folder are kept. O
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.program import Parser, loading_modules, run_program
+from codiemb_jax.program import Parser, loading_modules, path_argument, run_program
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.hf_to_orbax") -> None:
     parser = Parser(prog, __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder in Hugging Face format, or a hub id")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoint to write")
+    parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="checkpoint to write")
     options = parser.parse_args(arguments)
 
     with loading_modules():

@@ -7,16 +7,17 @@ needed (utu becomes Qwen3). --verify loads the folder in sentence-transformers a
 import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.program import Parser, loading_modules, run_program
+from codiemb_jax.program import Parser, loading_modules, path_argument, run_program
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.orbax_to_hf") -> None:
     parser = Parser(prog, __doc__)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="Orbax checkpoint to export")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--checkpoint", required=True, type=path_argument, metavar="DIR", help="Orbax checkpoint to export"
+    )
+    parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="folder to write")
     parser.add_argument("--architecture", choices=["stock"], help="default: that of the original config.json")
     parser.add_argument("--verify", action="store_true", help="compare with sentence-transformers")
     options = parser.parse_args(arguments)

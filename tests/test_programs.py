@@ -56,6 +56,21 @@ def test_planning_imports_no_tensorflow_datasets():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_full_disk_exits_with_code_2_and_without_traceback(tmp_path: Path):
+    """A limit of the size of files stands in for a full disk."""
+    code = (
+        "import resource\nfrom codiemb_jax.cli import run\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\nrun()"
+    )
+    arguments = ["train", "--config", "quickstart", "--optimizer.max_steps", "1", "--data.sts", "[]"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT
+    )
+    assert done.returncode == 2
+    assert "checkpoints: the checkpoint cannot be written (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
 def test_interrupt_during_imports_prints_no_traceback(seconds, tmp_path: Path):
     config = tmp_path / "settings.yaml"

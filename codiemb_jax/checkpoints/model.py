@@ -16,6 +16,7 @@ from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, is_checkpoint, saved_
 from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
+from codiemb_jax.files import local_path
 from codiemb_jax.models.build import Params, abstract_model, new_projection
 from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.encoder import Encoder, EncoderConfig
@@ -177,7 +178,10 @@ def resolve_model_path(path: str) -> Path:
     Raises:
       UserError: If `path` is none of these or cannot be downloaded.
     """
-    folder = Path(path)
+    try:
+        folder = local_path(path)
+    except ValueError as error:
+        raise UserError(f"{shorten(path)}: {error}") from error
     try:
         exists = folder.exists()
     except OSError as error:

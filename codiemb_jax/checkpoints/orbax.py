@@ -8,12 +8,14 @@ and renamed when complete.
 import hashlib
 import json
 import logging
+import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ A device reads whole blocks, so it reads only its own shard if the size of the m
 MANIFEST = "blueprint"
 """The item with the manifest. It is written after the arrays, or by Orbax together with them."""
 
-DELETED = re.compile(r"\.\d+\.deleted")
+SAVED = re.compile(r"[1-9][0-9]*")
+"""Name of a checkpoint. Names of unfinished ones have a suffix."""
+DELETED = re.compile(r"\.[1-9][0-9]*\.[0-9a-f]{8}\.deleted")
 """Name of a checkpoint while it is being deleted."""
 REQUIRED_ITEMS = ("_CHECKPOINT_METADATA", MANIFEST, "params")
 """Files and folders in every complete checkpoint."""
@@ -126,7 +130,16 @@ class RunCheckpoints:
     """The checkpoints of a run, one folder per saved step; saving runs in the background."""
 
     def __init__(self, folder: Path, keep: int):
+        """Opens the checkpoints of a run.
+
+        Args:
+          folder: Their folder.
+          keep: Number of newest checkpoints to keep.
+        """
         self._folder, self._keep = folder.absolute(), keep
+        _silence_late_errors()  # a save in the background may fail at any time
+        # Only these and the ones saved later are ever deleted, whatever else appears in the folder.
+        self._steps = saved_steps(self._folder)
         for leftover in self._folder.glob(".*.deleted"):
             if DELETED.fullmatch(leftover.name) and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -143,7 +156,11 @@ class RunCheckpoints:
         passthrough: Mapping[str, np.ndarray],
         blueprint: Blueprint,
     ) -> None:
-        """Starts saving the state after `step` steps; returns once it has been copied."""
+        """Starts saving the state after `step` steps; returns once it has been copied.
+
+        Raises:
+          UserError: If this or the previous checkpoint cannot be written, for example because the disk is full.
+        """
         arrays = {"params": describe_tree(params), "optimizer": describe_tree(optimizer)}
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(params),
@@ -153,32 +170,40 @@ class RunCheckpoints:
             arrays["passthrough"] = {name: _describe(value) for name, value in passthrough.items()}
             items["passthrough"] = ocp.args.StandardSave(dict(passthrough))
         items[MANIFEST] = ocp.args.JsonSave(_manifest(blueprint, arrays))
-        self._manager.wait_until_finished()
-        self._delete_old()
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with _writable(self._folder):
+            self._manager.wait_until_finished()
+            self._delete_old()
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        self._steps.append(step)
 
     def _delete_old(self) -> None:
         """Deletes all but the newest checkpoints, in the background.
 
         Each is renamed first, so that a checkpoint under its own name is always complete.
         """
-        for step in saved_steps(self._folder)[: -self._keep]:
-            deleted = self._folder / f".{step}.deleted"
-            (self._folder / str(step)).rename(deleted)
-            self._deletions.submit(shutil.rmtree, deleted, ignore_errors=True)
+        while len(self._steps) > self._keep:
+            step = self._steps.pop(0)
+            deleted = self._folder / f".{step}.{secrets.token_hex(4)}.deleted"
+            with suppress(OSError):  # a checkpoint that cannot be deleted must not stop the run
+                (self._folder / str(step)).rename(deleted)
+                self._deletions.submit(shutil.rmtree, deleted, ignore_errors=True)
 
     def close(self) -> None:
-        """Waits until all checkpoints are on disk."""
-        self._manager.wait_until_finished()
+        """Waits until all checkpoints are on disk.
+
+        Raises:
+          UserError: If the last one cannot be written.
+        """
+        with _writable(self._folder):
+            self._manager.wait_until_finished()
         self._delete_old()
         self._deletions.shutdown()
         self._manager.close()
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in a run's checkpoint folder, in order."""
-    # Names of unfinished checkpoints have a suffix.
-    return sorted(int(child.name) for child in folder.glob("*") if child.name.isdecimal())
+    """Returns the steps of the checkpoints in a run's checkpoint folder, in order."""
+    return sorted(int(child.name) for child in folder.glob("*") if SAVED.fullmatch(child.name) and child.is_dir())
 
 
 def restore_run(folder: Path, step: int, params: Params, optimizer: Any) -> tuple[Params, Any]:
@@ -210,7 +235,7 @@ def restore_passthrough(folder: Path, step: int) -> dict[str, np.ndarray]:
 def _run_checkpoint(folder: Path, step: int) -> Iterator[OrbaxCheckpoint]:
     """Opens the checkpoint after `step` steps; the error for a damaged one names the previous checkpoint."""
     earlier = [saved for saved in saved_steps(folder) if saved < step]
-    hint = f"; remove it to continue from the previous checkpoint, {folder / str(earlier[-1])}" if earlier else ""
+    hint = f"; move it away to continue from the previous checkpoint, {folder / str(earlier[-1])}" if earlier else ""
     try:
         yield OrbaxCheckpoint(folder / str(step))
     except DamagedCheckpoint as error:
@@ -349,6 +374,29 @@ def _damaged(folder: Path, reason: str) -> DamagedCheckpoint:
 
 
 @contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Raises `UserError` if writing a checkpoint in this block fails."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # TensorStore raises ValueError if the disk is full
+        reason = _library_reason(error)
+        raise UserError(
+            f"{folder}: the checkpoint cannot be written ({reason}); fix this and run the same command again to "
+            "continue from the last complete one"
+        ) from error
+
+
+def _library_reason(error: Exception) -> str:
+    """Returns the reason in an error of Orbax or TensorStore, and silences those that follow from it."""
+    _silence_late_errors()
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    return " ".join(str(error).partition("See full TensorStore details")[0][:200].split())
+
+
+@contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Raises `DamagedCheckpoint` if reading a checkpoint in this block fails."""
     try:
@@ -360,14 +408,17 @@ def _readable(folder: Path) -> Iterator[None]:
     except Exception as error:  # Orbax raises plain Exception for unreadable files
         if "RESOURCE_EXHAUSTED" in str(error):  # out of device memory
             raise
-        if not isinstance(sys.unraisablehook, _QuietLateReads):
-            sys.unraisablehook = _QuietLateReads(sys.unraisablehook)
-        reason = " ".join(str(error).partition("See full TensorStore details")[0][:200].split())
-        raise DamagedCheckpoint(f"{folder}: the checkpoint cannot be read ({reason})") from error
+        raise DamagedCheckpoint(f"{folder}: the checkpoint cannot be read ({_library_reason(error)})") from error
 
 
-class _QuietLateReads:
-    """Ignores errors of reads still pending when a restore fails: they only find its event loop closed."""
+def _silence_late_errors() -> None:
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if not isinstance(sys.unraisablehook, _QuietLateErrors):
+        sys.unraisablehook = _QuietLateErrors(sys.unraisablehook)
+
+
+class _QuietLateErrors:
+    """Ignores errors of reads and writes still pending when another fails: they only find the event loop closed."""
 
     def __init__(self, previous: Callable[[Any], object]):
         self._previous = previous

@@ -5,6 +5,8 @@ Parameters are a nested dict of arrays. A path in the table is the keys of a par
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -317,7 +319,12 @@ def write_weights(
 
     def flush() -> None:
         paths.append(folder / f"shard-{len(paths) + 1}.safetensors")
-        save_file(shard, paths[-1], metadata={"format": "pt"})
+        try:
+            save_file(shard, paths[-1], metadata={"format": "pt"})
+        except SafetensorError as error:  # not an OSError, even if the disk is full
+            if code := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(paths[-1])) from error
+            raise
         weight_map.update(dict.fromkeys(shard, paths[-1]))
         shard.clear()
 

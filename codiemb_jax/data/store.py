@@ -12,6 +12,7 @@ import numpy as np
 
 from codiemb_jax.batch import Task
 from codiemb_jax.errors import UserError, shorten
+from codiemb_jax.files import local_path
 from codiemb_jax.text.prompts import Tokens
 
 INDEX = "index.npz"
@@ -115,8 +116,15 @@ def _read_errors(folder: Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Returns the cache folder, for prepared datasets: $CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax."""
-    return Path(os.environ.get("CODIEMB_JAX_CACHE") or Path.home() / ".cache" / "codiemb_jax")
+    """Returns the cache folder, for prepared datasets: $CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax.
+
+    Raises:
+      UserError: If it is not a local path, or there is no home directory.
+    """
+    try:
+        return local_path(os.environ.get("CODIEMB_JAX_CACHE") or "~/.cache/codiemb_jax").absolute()
+    except ValueError as error:
+        raise UserError(f"CODIEMB_JAX_CACHE: {error}; set it to the folder of the cache") from error
 
 
 def open_parts(folder: Path) -> Any:

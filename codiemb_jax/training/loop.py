@@ -45,7 +45,7 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
       UserError: If training diverges, or the output folder cannot be written.
     """
     settings, model, folder = run.setup.settings, run.setup.model, run.folder
-    with jax.set_mesh(run.setup.mesh):
+    with jax.set_mesh(run.setup.mesh), folder.write_errors():
         done = folder.latest_step()
         if done:  # takes all weights from the checkpoint, because the model's folder may have changed
             initial, passthrough = None, restore_passthrough(folder.checkpoints, done)
@@ -62,7 +62,7 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
             folder.write_export(
                 partial(write_export, params=params, passthrough=passthrough, blueprint=model.blueprint, stock=True)
             )
-    return folder.write_after(after), after
+        return folder.write_after(after), after
 
 
 def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.ndarray]) -> Params:

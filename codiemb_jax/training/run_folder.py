@@ -9,8 +9,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,15 +196,20 @@ class RunFolder:
                 "output_dir to start a new run:\n" + format_problems(differences)
             )
 
+    @contextmanager
+    def write_errors(self) -> Iterator[None]:
+        """Raises `UserError` if the folder cannot be written in this block, for example because the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror or error}") from error
+
     def create(self, settings: Settings, inputs: Mapping[str, str]) -> None:
         """Creates the folder with config.yaml and inputs.json, which identify the run."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION, "inputs": dict(inputs), "exports": self._exports()})
-            resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            write_atomically(self.config, resolved)
-        except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from error
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION, "inputs": dict(inputs), "exports": self._exports()})
+        resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomically(self.config, resolved)
 
     def write_before(self, metrics: HeldOutMetrics) -> None:
         """Writes the metrics of the initial model."""
@@ -252,7 +257,7 @@ class RunFolder:
             (unfinished / self.export.name).rename(self.export)
             self._write_exports([digest])
         except OSError as error:
-            raise UserError(f"{self.export}: cannot be written: {error.strerror}") from error
+            raise UserError(f"{self.export}: cannot be written: {error.strerror or error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 

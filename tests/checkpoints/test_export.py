@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
@@ -590,6 +591,17 @@ def test_existing_output_raises_user_error(utu, tmp_path):
     with pytest.raises(UserError, match="existing: already exists"):
         save_model(tmp_path / "existing", model.stream(), {}, model.blueprint)
     assert read_files(tmp_path) == {"existing/file": b"content"}
+
+
+def test_full_disk_raises_user_error(utu, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("codiemb_jax.checkpoints.safetensors.save_file", fail)
+    model = open_checkpoint(utu.checkpoint)
+    with pytest.raises(UserError, match="export: cannot be written: No space left on device"):
+        write_export(tmp_path / "export", model.stream(), {}, model.blueprint, stock=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_inside_the_input_raises_user_error(utu):

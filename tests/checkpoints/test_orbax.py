@@ -223,7 +223,45 @@ def test_checkpoint_is_complete_until_it_is_deleted(tmp_path, monkeypatch):
             checkpoints.save(step, params, {"count": jax.numpy.int32(step)}, {}, model.blueprint)
         checkpoints.close()
     assert saved_steps(folder) == [2, 3]
-    assert (folder / ".1.deleted").is_dir()
+    assert [path.name for path in folder.glob(".1.*.deleted")]
     RunCheckpoints(folder, keep=1).close()
     assert [path.name for path in folder.iterdir()] == ["3"]
     assert is_checkpoint(folder / "3")
+
+
+def test_only_checkpoints_of_the_run_are_deleted(tmp_path):
+    """Users put other folders and files into the folder of checkpoints while a run saves there."""
+    write_random_checkpoint("youtu_embedding", tmp_path / "model", **WIDE | {"hidden_size": 128})
+    settings = ModelSettings(path=str(tmp_path / "model"), compute_dtype="float32")
+    model = open_model(settings, PromptSettings(), make_mesh(MeshSettings(), jax.devices()[:1]))
+    params, folder = model.load(), tmp_path / "checkpoints"
+    checkpoints = RunCheckpoints(folder, keep=1)
+    for name in ("1", "2024", "007", "٣"):  # the last one is a decimal digit, too
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("mine")
+    (folder / "5").write_text("mine")
+    (folder / ".10.0123abcd.deleted").symlink_to(tmp_path)
+    for step in (10, 20, 30):
+        checkpoints.save(step, params, {"count": jax.numpy.int32(step)}, {}, model.blueprint)
+    checkpoints.close()
+    names = {".10.0123abcd.deleted", "1", "2024", "007", "٣", "5", "30"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert all((folder / name / "notes.txt").read_text() == "mine" for name in ("1", "2024", "007", "٣"))
+    assert saved_steps(folder) == [1, 30, 2024]
+
+
+def test_checkpoint_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
+    write_random_checkpoint("youtu_embedding", tmp_path / "model", **WIDE | {"hidden_size": 128})
+    settings = ModelSettings(path=str(tmp_path / "model"), compute_dtype="float32")
+    model = open_model(settings, PromptSettings(), make_mesh(MeshSettings(), jax.devices()[:1]))
+    params, folder = model.load(), tmp_path / "checkpoints"
+    checkpoints = RunCheckpoints(folder, keep=1)
+    checkpoints.save(1, params, {"count": jax.numpy.int32(1)}, {}, model.blueprint)
+    checkpoints.save(2, params, {"count": jax.numpy.int32(2)}, {}, model.blueprint)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    checkpoints.close()
+    assert saved_steps(folder) == [1, 2]

@@ -285,8 +285,26 @@ def test_unwritable_cache_raises_user_error(tmp_path, prompt_tokenizer):
 def test_cache_folder_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("CODIEMB_JAX_CACHE", "/somewhere")
     assert cache_folder() == Path("/somewhere")
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", "~/somewhere")
+    assert cache_folder() == Path.home() / "somewhere"
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", "somewhere")
+    assert cache_folder() == Path.cwd() / "somewhere"
     monkeypatch.delenv("CODIEMB_JAX_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "codiemb_jax"
+
+
+def test_cache_folder_without_home_or_on_a_remote_system_raises_user_error(monkeypatch):
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", "gs://bucket/cache")
+    with pytest.raises(UserError, match="CODIEMB_JAX_CACHE: remote paths are not supported"):
+        cache_folder()
+    monkeypatch.delenv("CODIEMB_JAX_CACHE")
+
+    def fail(_: Path) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", fail)
+    with pytest.raises(UserError, match="no home directory for ~; set it to the folder of the cache"):
+        cache_folder()
 
 
 def test_prepare_does_not_import_slow_packages(tmp_path):
