@@ -236,7 +236,7 @@ class CheckpointSettings(Section):
     every_epochs: PositiveInt | None = 1
     """Save a checkpoint every this many epochs; null disables it."""
     keep: PositiveInt = 3
-    """Number of newest checkpoints to keep. While a checkpoint is being saved, there is one more."""
+    """Number of newest checkpoints to keep. Older ones are deleted once a new one is complete."""
 
 
 class EvaluationSettings(Section):
@@ -285,7 +285,7 @@ class Settings(Section):
             if task.group_size and task.global_batch_size % task.group_size:
                 raise ValueError(
                     f"{task.group_size_setting} {task.group_size} must divide {task.batch_size_setting} "
-                    f"{task.global_batch_size}"
+                    f"{task.global_batch_size}; lower it, or set it to null to compare the whole batch"
                 )
         return self
 

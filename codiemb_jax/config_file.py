@@ -1,6 +1,7 @@
 """Loads settings from a YAML file and flags (`--optimizer.learning_rate 1e-5`). Flags override the file."""
 
 import argparse
+import difflib
 import os
 import re
 from collections import deque
@@ -10,8 +11,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from codiemb_jax.config import Settings
+from codiemb_jax.config_help import describe_default, describe_type
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.program import Parser
 
@@ -48,7 +51,7 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
     Raises:
       UserError: If settings are invalid. Names the file, line and setting of every problem.
     """
-    flag_texts = vars(flags_parser().parse_args(flags))
+    flag_texts = vars(parse_flags(flags))
     values, node = _read(path)
     problems = [
         f"--{name}: given {len(texts)} times" for name, texts in flag_texts.items() if _is_repeated(name, texts)
@@ -85,22 +88,39 @@ def flags_parser() -> argparse.ArgumentParser:
     """Returns a parser with one flag per setting."""
     parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
-    for name, _, description in _all_settings(Settings):
+    for name, field in _all_settings(Settings):
         section = name.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "the run")
-        text = " ".join(description.split()).replace("%", "%%")
+        kind, default = describe_type(field.annotation, field.metadata), describe_default(field)
+        default = default if field.is_required() else f"default: {default}"
+        text = f"{' '.join((field.description or '').split())} ({kind}; {default})".replace("%", "%%").replace("`", "")
         groups[section].add_argument(f"--{name}", action="append", metavar="VALUE", help=text)
     return parser
 
 
-def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yields the name, type and description of every setting."""
+def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of flags, as lists of texts.
+
+    Raises:
+      UserError: If a flag is not a setting.
+    """
+    values, unknown = flags_parser().parse_known_args(flags)
+    if unknown:
+        hint = _suggest(unknown[0].removeprefix("--").partition("=")[0])
+        if unknown[0].endswith((".yaml", ".yml")):
+            hint = f"; to use a settings file, give --config {unknown[0]}"
+        raise UserError(f"unrecognized arguments: {shorten(' '.join(unknown), 200)}{hint}")
+    return values
+
+
+def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yields the name and definition of every setting."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _all_settings(field.annotation, f"{prefix}{name}.")
         else:
-            yield prefix + name, field.annotation, field.description or ""
+            yield prefix + name, field
 
 
 def _plain_types(annotation: Any) -> Iterator[Any]:
@@ -118,7 +138,7 @@ def _plain_types(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-TYPES = {name: set(_plain_types(annotation)) for name, annotation, _ in _all_settings(Settings)}
+TYPES = {name: set(_plain_types(field.annotation)) for name, field in _all_settings(Settings)}
 
 
 def _is_repeated(name: str, texts: list[str]) -> bool:
@@ -211,6 +231,15 @@ def _check_nodes(root: yaml.Node) -> Iterator[tuple[int, str]]:
                 queue.append((prefix + key.value, value, path))
 
 
+def _suggest(name: str) -> str:
+    """Suggests the setting that an unknown name was probably meant to be."""
+    section, _, last = name.rpartition(".")
+    in_section = [setting for setting in TYPES if setting.rpartition(".")[0] == section]
+    full_names = {setting.rpartition(".")[2]: setting for setting in (*TYPES, *in_section)}
+    close = difflib.get_close_matches(last, full_names, n=1, cutoff=0.7)
+    return f"; did you mean {full_names[close[0]]}?" if close else ""
+
+
 def _shorten_name(name: str) -> str:
     return shorten(name, 100)
 
@@ -222,7 +251,7 @@ def _format_problem(problem: Any, node: yaml.Node, path: Path, flags: set[str]) 
     is_flag = any(field == flag or field.startswith(flag + ".") for flag in flags)
     location = "--" if is_flag else f"{path}:{line}: " if line else ""
     if problem["type"] == "extra_forbidden":
-        return f"{location}{_shorten_name(field)}: unknown setting"
+        return f"{location}{_shorten_name(field)}: unknown setting{_suggest(field)}"
     if problem["type"] == "missing":
         return f"{location or f'{path}: '}{field}: missing (required)"
     message = problem["msg"].removeprefix("Value error, ")

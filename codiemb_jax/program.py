@@ -59,6 +59,6 @@ def run_program(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again", file=sys.stderr, flush=True)
+        print("\nstopped; run the same command again to continue", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # all files are closed, and native threads may crash during interpreter shutdown

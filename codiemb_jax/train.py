@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
       UserError: If the arguments, settings, model or data are invalid, or training fails.
     """
     with loading_modules():
-        from codiemb_jax.config_file import find_config, flags_parser, load_settings
+        from codiemb_jax.config_file import find_config, flags_parser, load_settings, parse_flags
 
     parser = Parser(prog, __doc__, add_help=False)
     parser.add_argument(
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         Parser(prog, __doc__, usage=usage, add_help=False, parents=parents).print_help()
         return
     if not options.config:
-        flags_parser().parse_args(flags)  # an unknown flag may be a misspelled --config
+        parse_flags(flags)  # an unknown flag may be a misspelled --config
         raise UserError("--config is required; give a settings file, for example --config quickstart")
     if len(options.config) > 1:
         raise UserError(f"--config: given {len(options.config)} times")

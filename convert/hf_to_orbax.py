@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
     save_model(options.output, model.stream(), model.stream_passthrough(), model.blueprint)
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     print(f"wrote {count:,} parameters to {options.output}")
-    print(f"its exports have the prompts {sentence_prompts(model.blueprint).prompts}; runs set their own")
+    print("prompts of its exports (a training run uses those in its settings):")
+    for name, prompt in sentence_prompts(model.blueprint).prompts.items():
+        print(f"  {name}: {prompt!r}")
 
 
 if __name__ == "__main__":

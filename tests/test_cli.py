@@ -63,7 +63,12 @@ def test_version(capsys):
         (["tran"], "invalid choice: 'tran'"),
         (["--config", "quickstart"], "required: COMMAND"),
         (["train"], "--config is required"),
-        (["train", "--conf", "quickstart"], "unrecognized arguments: --conf quickstart"),
+        (["train", "--conf", "quickstart"], "unrecognized arguments: --conf quickstart$"),
+        (["train", "mine.yaml"], "unrecognized arguments: mine.yaml; to use a settings file, give --config mine.yaml"),
+        (
+            ["train", "--config", "quickstart", "--optimizer.learning_rat", "1e-4"],
+            "--optimizer.learning_rat 1e-4; did you mean optimizer.learning_rate\\?",
+        ),
         (["train", "--config", "quickstart", "--output_dir", "gs://bucket/run"], "remote paths are not supported"),
         (["hf-to-orbax", "--model", "gs://bucket/model", "--output", "x"], "remote paths are not supported"),
         (["hf-to-orbax", "--model", "x", "--output", "s3://bucket/x"], "--output: s3://bucket/x: remote paths are not"),

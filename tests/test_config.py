@@ -221,12 +221,28 @@ mesh: {fsdp: 0, rows: 1}
     assert len(problems) == len(expected)
 
 
-@pytest.mark.parametrize("name", ["encode_chunk", "cli_args", "_cli_parse_args", "_env_file", "model_config", "1"])
+@pytest.mark.parametrize("name", ["chunks_encoded", "cli_args", "_cli_parse_args", "_env_file", "model_config", "1"])
 def test_unknown_top_level_setting_raises_user_error(name, error_lines):
     assert error_lines(MINIMAL + f"{name}: 2\nOther: 3\n")[1:] == [
         f"  FILE:6: {name}: unknown setting",
         "  FILE:7: Other: unknown setting",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("encode_chunk", "encode_chunks"),
+        ("optimizer.epoch", "optimizer.epochs"),
+        ("epochs", "optimizer.epochs"),
+        ("evaluation.stss", "evaluation.sts"),
+    ],
+)
+def test_similar_setting_is_suggested(name, meant, error_lines):
+    *section, key = name.split(".")
+    text = f"{section[0]}: {{{key}: 2}}\n" if section else f"{key}: 2\n"
+    assert error_lines(MINIMAL + text)[1:] == [f"  FILE:6: {name}: unknown setting; did you mean {meant}?"]
+    assert error_lines(MINIMAL, f"--{name}", "2") == [f"unrecognized arguments: --{name} 2; did you mean {meant}?"]
 
 
 def test_duplicate_key_raises_user_error(error_lines):
@@ -561,7 +577,8 @@ SINGLE_PROBLEMS = {
     "prompt:\n  begin: null": "FILE:7: prompt.begin: Input should be a valid string, found None",
     "objective: {rank_kl_weight: -1}": "FILE:6: objective.rank_kl_weight: "
     "Input should be greater than or equal to 0, found -1",
-    "objective: {ir_pool_size: 5}": "objective.ir_pool_size 5 must divide data.ir_global_batch_size 224",
+    "objective: {ir_pool_size: 5}": "objective.ir_pool_size 5 must divide data.ir_global_batch_size 224; "
+    "lower it, or set it to null to compare the whole batch",
     "objective: {ir: codi}": "FILE:6: objective.ir: Input should be 'info_nce' or 'cosent', found 'codi'",
     "objective: {sts: null}": "FILE:6: objective.sts: Input should be 'codi', 'info_nce' or 'cosent', found None",
     "optimizer: null": "FILE:6: optimizer: Input should be a valid dictionary or instance of OptimizerSettings, "
@@ -580,7 +597,10 @@ def test_single_problem_is_reported_once(text, error_lines):
 
 def test_list_size_must_divide_batch_size(load, error_lines):
     text = MINIMAL.replace("ir: [", "sts: [") + "objective: {sts_list_size: 48}\n"
-    assert error_lines(text)[1:] == ["  objective.sts_list_size 48 must divide data.sts_global_batch_size 256"]
+    assert error_lines(text)[1:] == [
+        "  objective.sts_list_size 48 must divide data.sts_global_batch_size 256; lower it, or set it to null to "
+        "compare the whole batch"
+    ]
     assert load(text, "--objective.sts_list_size", "64").objective.sts_list_size == 64
 
 
@@ -604,7 +624,7 @@ def test_missing_data_raises_user_error(error_lines):
     assert error_lines(text)[1:] == ["  FILE:3: data: give at least one path in data.ir or data.sts"]
 
 
-@pytest.mark.parametrize("flags", [["--nope", "1"], ["--model.nope=1"], ["--optim", "1"], ["stray"], ["--no-export"]])
+@pytest.mark.parametrize("flags", [["--nope", "1"], ["--model.nope=1"], ["--optim", "1"], ["stray"], ["--no-report"]])
 def test_unknown_flag_raises_user_error(flags, error_lines):
     (line,) = error_lines(MINIMAL, *flags)
     assert line == "unrecognized arguments: " + " ".join(flags)

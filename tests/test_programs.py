@@ -56,6 +56,7 @@ def test_planning_imports_no_tensorflow_datasets():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_full_disk_exits_with_code_2_and_without_traceback(tmp_path: Path):
     """A limit of the size of files stands in for a full disk."""
     code = (

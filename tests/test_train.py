@@ -284,14 +284,23 @@ def test_nan_weights_in_the_model_raise_user_error(golden, tmp_path):
         run(settings, tmp_path)
 
 
-def test_pooling_other_than_stored_is_logged(golden, tmp_path, capsys):
-    checkpoint = tmp_path / "checkpoint"
+def test_suspicious_settings_and_data_are_logged(golden, tmp_path, capsys):
+    checkpoint, sts = tmp_path / "checkpoint", tmp_path / "sts.jsonl"
     hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
-    model = {"path": str(checkpoint), "pooling": "last_token"}
-    settings = golden_settings(golden, tmp_path / "run", model=model, data={"ir": [str(golden / IR)]}, export=False)
+    examples = [json.loads(line) for line in (golden / STS).read_text().splitlines()]
+    for example in examples:
+        example["positive_scores"] = [5 * example["positive_scores"][0]]
+    sts.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    low, high = (f"{limit(example['positive_scores'][0] for example in examples):g}" for limit in (min, max))
+    settings = golden_settings(
+        golden, tmp_path / "run", model={"path": str(checkpoint), "pooling": "last_token"}, data={"sts": [str(sts)]},
+        evaluation={"sts": [str(tmp_path / "." / "sts.jsonl")]}, export=False,
+    )  # fmt: skip
     run(settings, tmp_path, "--optimizer.max_steps", "1")
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
-        f"note: model.pooling is last_token, but {checkpoint} has mean"
+        f"note: model.pooling is last_token, but {checkpoint} has mean",
+        f"note: {sts} is both training and held-out data",
+        f"note: {sts} has scores from {low} to {high}; scale them to [0, 1]",
     ]
 
 
@@ -723,11 +732,11 @@ def test_link_to_a_folder_is_not_followed(name, finished, tmp_path):
 
 def test_other_folder_among_checkpoints_is_not_deleted(finished):
     folder, arguments = finished
-    (folder / "checkpoints" / "0").mkdir()
-    (folder / "checkpoints" / "0" / "mine").write_text("mine")
-    with pytest.raises(UserError, match="checkpoints/0: is not a checkpoint of this run; move it away"):
+    (folder / "checkpoints" / "1").mkdir()
+    (folder / "checkpoints" / "1" / "mine").write_text("mine")
+    with pytest.raises(UserError, match="checkpoints/1: is not a checkpoint of this run; move it away"):
         main([*arguments, "--checkpoint.keep", "1"])
-    assert (folder / "checkpoints" / "0" / "mine").read_text() == "mine"
+    assert (folder / "checkpoints" / "1" / "mine").read_text() == "mine"
 
 
 METRICS_DAMAGE = {

@@ -204,6 +204,8 @@ def _model_card(blueprint: Blueprint, family: Family, sentence: SentencePrompts,
     )
     strip = 'Texts were stripped of tabs, newlines, spaces and colons in training: `text.strip("\\t\\n :")`.\n'
     needs = "Requires transformers 5.2 or newer; older versions ignore `is_causal` in config.json.\n"
+    is_float32 = set(blueprint.dtypes.values()) == {"F32"}
+    dtype = "" if is_float32 else ', model_kwargs={"dtype": "float32"}'
     normalized = "unit " if blueprint.encoding["normalize"] else ""
     rows = "\n".join(
         f"| {name} | `{text}` |" if text else f"| {name} | none |" for name, text in sentence.prompts.items()
@@ -224,7 +226,7 @@ Attention is {blueprint.encoding["attention"]}; an embedding is {pooling}.
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("FOLDER")
+model = SentenceTransformer("FOLDER"{dtype})
 queries = model.encode_query(["how do plants make sugar"])
 documents = model.encode_document(["Photosynthesis turns light, water and carbon dioxide into sugar."])
 print(model.similarity(queries, documents))

@@ -210,4 +210,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"{name} is not a folder and cannot be downloaded from the hub: {error}") from error
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise UserError(
+            f"{name}: no such folder in {Path.cwd()}, and the model cannot be downloaded from the hub: {reason}"
+        ) from error

@@ -78,7 +78,7 @@ def verify(folder: Path, model: PretrainedModel, embedder: TokenEmbedder) -> boo
             same_embedding = same_tokens_cosine[i] >= MIN_COSINE and abs(norm_difference[i]) <= MAX_NORM_DIFFERENCE
             if not same_ids or abs(offset) > 1 or not same_embedding:
                 mismatches.append(f"{kind}: {text[:40]}")
-            row = (kind, text[:40], "equal" if same_ids else "DIFFER", str(tokens[i].content_start), str(excluded[i]))
+            row = (kind, text[:20], "equal" if same_ids else "DIFFER", str(tokens[i].content_start), str(excluded[i]))
             table.add_row(*row, f"{cosine[i]:.7f}")
     console = Console()
     console.print(table)
@@ -86,8 +86,9 @@ def verify(folder: Path, model: PretrainedModel, embedder: TokenEmbedder) -> boo
         console.print(f"smallest cosine {min(cosines):.7f} over {len(cosines)} texts (required: {MIN_COSINE})")
     if off_by_one:
         console.print(
-            f"{len(off_by_one)} more texts tokenize the space at the end of the prompt differently, which "
-            f"sentence-transformers cannot represent: smallest cosine {min(off_by_one):.7f} (see the export guide)"
+            f"texts before which the space at the end of the prompt is tokenized differently, which "
+            f"sentence-transformers cannot represent: {len(off_by_one)}, smallest cosine {min(off_by_one):.7f} "
+            "(see the export guide)"
         )
     if mismatches:
         console.print("token ids or embeddings differ:", *mismatches, sep="\n  ")

@@ -77,7 +77,9 @@ def find_files(paths: Sequence[Path], setting: str) -> list[Path]:
             elif not stat.S_ISREG(status.st_mode):  # reading a pipe would block, and works only once
                 problems.append(f"{path}: not a file or folder")
             elif path.suffix not in EXTENSIONS:
-                problems.append(f"{path}: expected a .json or .jsonl file, one JSON object per line, or a folder")
+                problems.append(
+                    f"{path}: expected a .json or .jsonl file, or a folder (the data guide shows how to convert CSV)"
+                )
             else:
                 files.append(path)
         except FileNotFoundError:

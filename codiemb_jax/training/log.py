@@ -55,7 +55,7 @@ class MetricsLog:
         self._printed = self._last
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
             console=self._console, speed_estimate_period=3600,
         )  # fmt: skip
         self._task = self._progress.add_task("training", total=total, completed=done, status="")

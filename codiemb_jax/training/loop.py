@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from codiemb_jax.batch import StepTask
+from codiemb_jax.batch import TASKS, StepTask
 from codiemb_jax.checkpoints.export import write_export
 from codiemb_jax.checkpoints.model import PretrainedModel
 from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_passthrough, restore_run
@@ -22,7 +22,7 @@ from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.training.log import MetricsLog
 from codiemb_jax.training.optimizer import make_optimizer
-from codiemb_jax.training.run import Run
+from codiemb_jax.training.run import Run, held_out_paths
 from codiemb_jax.training.run_folder import HeldOutMetrics
 from codiemb_jax.training.schedule import make_schedule
 from codiemb_jax.training.state import TrainState, abstract_state, initial_state
@@ -53,6 +53,7 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
             initial = model.load(settings.seed)
             passthrough = {name: np.asarray(weight) for name, weight in model.stream_passthrough().items()}
         log_overrides(settings, model)
+        log_data_problems(run)
         if initial is not None:
             folder.create(settings, run.inputs)
             folder.write_before(evaluate(initial))
@@ -146,4 +147,20 @@ def log_overrides(settings: Settings, model: PretrainedModel) -> None:
                 f"note: model.{name} is {current}, but {Path(settings.model.path)} has {stored}",
                 soft_wrap=True,
                 markup=False,
+            )
+
+
+def log_data_problems(run: Run) -> None:
+    """Logs training files that are also held-out data, and files with scores outside [0, 1]."""
+    console = Console(stderr=True)
+    settings = run.setup.settings
+    held_out = {path.resolve() for task in TASKS for path in held_out_paths(settings, task)}
+    for dataset in run.datasets:
+        if dataset.path.resolve() in held_out:
+            console.print(f"note: {dataset.path} is both training and held-out data", soft_wrap=True, markup=False)
+        scores = dataset.index.score
+        if scores.size and (scores.min() < 0 or scores.max() > 1):
+            span = f"{scores.min():g} to {scores.max():g}"
+            console.print(
+                f"note: {dataset.path} has scores from {span}; scale them to [0, 1]", soft_wrap=True, markup=False
             )

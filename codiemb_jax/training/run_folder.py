@@ -282,7 +282,7 @@ def _describe_change(old: str | None, new: str | None) -> str:
     """Describes how an input of a run, which is a fingerprint or a number of devices, has changed."""
     if old is None or new is None:
         return "was added" if old is None else "was removed"
-    return f"was {old}, now {new}" if len(new) < 8 else "its content has changed"
+    return f"was {old}, now {new}" if len(new) < 8 else "its content, or how it is tokenized, has changed"
 
 
 def _check_valid_path(path: Path) -> None:

@@ -268,7 +268,7 @@ def test_all_invalid_paths_are_reported(tmp_path):
         "data.sts:",
         f"  {tmp_path}/empty: the folder contains no .json or .jsonl files",
         f"  {tmp_path}/missing.jsonl: no such file or folder",
-        f"  {tmp_path}/a.csv: expected a .json or .jsonl file, one JSON object per line, or a folder",
+        f"  {tmp_path}/a.csv: expected a .json or .jsonl file, or a folder (the data guide shows how to convert CSV)",
         f"  {tmp_path}/folder/a.json and {tmp_path}/folder/../folder/a.json: the same file is listed 2 times; "
         "list it once",
     ]
