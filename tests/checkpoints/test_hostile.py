@@ -239,7 +239,7 @@ def test_flipped_bits_of_a_run_are_detected_or_harmless(tiny, tmp_path):
             restored = restore_run(tmp_path / "run", 5, model.abstract, layout)
         except UserError as error:
             detected += 1
-            assert f"remove it to continue from the previous checkpoint, {tmp_path / 'run' / '4'}" in str(error)
+            assert f"move it away to continue from the previous checkpoint, {tmp_path / 'run' / '4'}" in str(error)
         else:
             assert_equal_trees(restored, (params, state))
         flip_bit(path, offset, mask)
