@@ -148,6 +148,10 @@ class DataSettings(Section):
     """Maximum number of tokens of a query, including its prompt and special tokens."""
     passage_max_tokens: PositiveInt = 1024
     """Maximum number of tokens of a passage, including its prompt and special tokens."""
+    packing: Flag = True
+    """Pack several texts into each row; false puts each text into a row of its own and pads it."""
+    row_tokens: PositiveInt | None = None
+    """Number of tokens per packed row; null uses the larger of query_max_tokens and passage_max_tokens."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "DataSettings":
@@ -158,6 +162,13 @@ class DataSettings(Section):
             raise ValueError(
                 f"sampler: {self.sampler} requires one batch size: set ir_global_batch_size and sts_global_batch_size "
                 "to the same value"
+            )
+        longest = max(self.query_max_tokens, self.passage_max_tokens)
+        if self.row_tokens is not None and not self.packing:
+            raise ValueError("row_tokens requires packing: true")
+        if self.row_tokens is not None and self.row_tokens < longest:
+            raise ValueError(
+                f"row_tokens {self.row_tokens} must be at least query_max_tokens and passage_max_tokens, {longest}"
             )
         if self.ir_share is not None and not (self.ir and self.sts):
             raise ValueError("ir_share requires data for both tasks: give paths in data.ir and data.sts")

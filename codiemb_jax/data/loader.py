@@ -11,8 +11,7 @@ import numpy as np
 from codiemb_jax.batch import Batch
 from codiemb_jax.data.sampler import Plan, StepPlan
 from codiemb_jax.data.store import PreparedDataset
-from codiemb_jax.text.prompts import Tokens
-from codiemb_jax.text.rows import pad
+from codiemb_jax.text.rows import lay_out
 
 NUM_THREADS = 2
 PREFETCH_BATCHES = 4
@@ -38,20 +37,28 @@ class StepSource:
     def _batch(self, plan: StepPlan, start: int, stop: int) -> Batch:
         """Loads examples start … stop - 1 of a step, which are all on one device."""
         dataset = self.datasets[plan.sources[start * len(plan.sources) // plan.examples.size]]
-        examples, chosen = plan.examples[start:stop], plan.passages[start:stop]
-        texts = dataset.read(examples)
+        layout = plan.layout
+        examples, passages = plan.examples[start:stop], plan.passages[start:stop]
+        text_rows, numbers = layout.text_rows[start:stop], layout.order[start:stop]
+        present = text_rows >= 0
         # The texts of an example are its query and then its passages, so passage j is text j + 1.
-        row_texts: list[Tokens | None] = [example[0] for example in texts]
-        row_texts += [None if j < 0 else example[j + 1] for example, js in zip(texts, chosen, strict=True) for j in js]
-        count, width = chosen.shape
-        ids = np.arange(start, stop, dtype=np.int32)[:, None] * (width + 1) + np.arange(width + 1, dtype=np.int32)
-        text_ids = np.concatenate([ids[:, 0], np.where(chosen < 0, -1, ids[:, 1:]).ravel()])
-        passage_rows = np.arange(count, count * (width + 1), dtype=np.int32).reshape(count, width)
+        chosen = np.concatenate([np.zeros((stop - start, 1), int), passages + 1], axis=1)
+        texts = [
+            example[i]
+            for example, own, is_present in zip(dataset.read(examples), chosen, present, strict=True)
+            for i in own[is_present]
+        ]
+        rows, slots = lay_out(texts, text_rows[present], layout.rows, layout.row_length)
+        embeddings = np.full(text_rows.shape, -1, np.int32)
+        embeddings[present] = text_rows[present] * layout.slots + slots
+        text_ids = np.full((layout.rows, layout.slots), -1, np.int32)
+        ids = numbers[:, None] * text_rows.shape[1] + np.arange(text_rows.shape[1])
+        text_ids.flat[embeddings[present]] = ids[present]
         return Batch(
-            rows=pad(row_texts, plan.row_length),
-            text_ids=text_ids[:, None],
-            queries=np.arange(count, dtype=np.int32),
-            passages=np.where(chosen < 0, np.int32(-1), passage_rows),
+            rows=rows,
+            text_ids=text_ids,
+            queries=embeddings[:, 0],
+            passages=embeddings[:, 1:],
             scores=dataset.scores(examples),
         )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data.layout import Layout
 from codiemb_jax.data.sampler import Plan, Source, StepPlan
 from codiemb_jax.errors import UserError
 
@@ -12,23 +13,23 @@ from codiemb_jax.errors import UserError
 class MixedPlan(Plan):
     """Deals the batches of all datasets to the devices and drops the remainder of each round."""
 
-    def __init__(self, sources: Sequence[Source], settings: DataSettings, seed: int, devices: int):
+    def __init__(self, sources: Sequence[Source], settings: DataSettings, seed: int, layout: Layout):
         """Creates the plan.
 
         Args:
           sources: The datasets.
           settings: The data settings.
           seed: The seed of the run.
-          devices: Number of devices along the data and fsdp axes of the mesh.
+          layout: Lays out the texts of a batch.
 
         Raises:
           UserError: If there are too few examples for a step.
         """
-        self.devices = devices
-        super().__init__(sources, settings, seed)
+        self.parts = layout.devices
+        super().__init__(sources, settings, seed, layout, {})
         if not self.steps_per_epoch:
             raise UserError(
-                f"sampler: mixed needs one batch per device ({devices}), but the data has fewer; "
+                f"sampler: mixed needs one batch per device ({self.parts}), but the data has fewer; "
                 "lower data.ir_global_batch_size and data.sts_global_batch_size"
             )
 
@@ -38,8 +39,8 @@ class MixedPlan(Plan):
         rng = self._rng(number)
         width = self.settings.positives_per_query + self.settings.negatives_per_query
         parts = []
-        for device in range(self.devices):
-            source, examples = self.all.batch(epoch, step * self.devices + device)
+        for device in range(self.parts):
+            source, examples = self.all.batch(epoch, step * self.parts + device)
             passages = self._passages(source, examples, rng)
             padding = np.full((examples.size, width - passages.shape[1]), -1)
             parts.append((source, examples, np.concatenate([passages, padding], axis=1)))

@@ -15,9 +15,9 @@ import numpy as np
 
 from codiemb_jax.batch import TASKS, StepTask, Task
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data.layout import BatchLayout, Layout
 from codiemb_jax.data.store import Index
 from codiemb_jax.errors import UserError, format_problems
-from codiemb_jax.text.rows import padded_length
 
 _SHUFFLE, _BATCHES, _CHOICES, _SUBSET = range(4)  # independent random streams
 
@@ -41,18 +41,18 @@ class StepPlan:
     sources: tuple[int, ...]
     """Dataset indices of the equal consecutive parts of the batch: one part, or one per device in mixed steps."""
     examples: np.ndarray
-    """int [examples]: indices in file order"""
+    """int [examples]: indices in file order, in the order of `layout`"""
     passages: np.ndarray
     """int [examples, passages]: indices among the passages of each example; -1 for padding"""
-    row_length: int
-    """Number of tokens per row, including padding."""
+    layout: BatchLayout
+    """Where the texts of the examples lie."""
     tokens: int
     """Number of tokens in the batch, without padding."""
 
     @property
     def computed_tokens(self) -> int:
-        """Number of tokens in the batch, including padding, with one row for each query and each passage."""
-        return (self.examples.size + self.passages.size) * self.row_length
+        """Number of tokens in the batch, including padding."""
+        return self.layout.devices * self.layout.rows * self.layout.row_length
 
 
 class BatchStream:
@@ -101,20 +101,35 @@ class BatchStream:
 class Plan:
     """Plans all steps. Batches of all datasets come in random order, or with a fixed share of IR steps."""
 
-    devices = 1
+    parts = 1
     """Number of parts of a batch that come from different datasets."""
 
-    def __init__(self, sources: Sequence[Source], settings: DataSettings, seed: int):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        settings: DataSettings,
+        seed: int,
+        layout: Layout,
+        group_sizes: Mapping[Task, int | None],
+    ):
         """Creates the plan.
+
+        Args:
+          sources: The datasets.
+          settings: The data settings.
+          seed: The seed of the run.
+          layout: Lays out the texts of a batch. Which examples a step has does not depend on it.
+          group_sizes: For each task, the number of consecutive examples that are compared; None for the whole batch.
 
         Raises:
           UserError: If a dataset is smaller than one batch.
         """
         self.sources, self.settings, self.seed = sources, settings, seed
+        self.layout, self.group_sizes = layout, group_sizes
         sizes = {"ir": settings.ir_global_batch_size, "sts": settings.sts_global_batch_size}
-        self.batch_sizes = [sizes[source.task] // self.devices for source in sources]
+        self.batch_sizes = [sizes[source.task] // self.parts for source in sources]
         members = {i: self._used_examples(source) for i, source in enumerate(sources)}
-        part = "a device's part of " if self.devices > 1 else ""
+        part = "a device's part of " if self.parts > 1 else ""
         too_small = [
             f"{source.name}: {members[i].size} examples, {part}data.{source.task}_global_batch_size is "
             f"{self.batch_sizes[i]}"
@@ -127,7 +142,7 @@ class Plan:
                 "files, or raise data.max_examples:\n" + format_problems(too_small)
             )
         self.all = BatchStream(members, self.batch_sizes, seed)
-        self.steps_per_epoch = self.all.length // self.devices
+        self.steps_per_epoch = self.all.length // self.parts
         # An exact fraction, so 0.3 means three of ten steps although no float equals 3/10.
         self._share = None if settings.ir_share is None else Fraction(str(settings.ir_share))
         if self._share is not None:
@@ -173,24 +188,27 @@ class Plan:
         """Assembles a plan from (dataset, examples, passages) parts."""
         settings = self.settings
         limits = {"ir": max(settings.query_max_tokens, settings.passage_max_tokens), "sts": settings.query_max_tokens}
-        lengths = []
-        for source, examples, passages in parts:
-            index = self.sources[source].index
-            lengths.append(index.query_tokens[examples].ravel())
-            rows = index.passage_offsets[examples][:, None] + passages
-            lengths.append(np.where(passages < 0, 0, index.passage_tokens[rows]).ravel())
-        text_lengths = np.concatenate(lengths)
-        sources, examples, passages = zip(*parts, strict=True)
+        lengths = np.concatenate([self._lengths(*part) for part in parts])
+        # In a mixed step, each device is a group of its own.
+        group_size = lengths.shape[0] // self.parts if task == "mixed" else self.group_sizes[task]
+        layout = self.layout(lengths, limits.get(task, limits["ir"]), group_size)
         return StepPlan(
             number=number,
             epoch=number // self.steps_per_epoch,
             task=task,
-            sources=sources,
-            examples=np.concatenate(examples),
-            passages=np.concatenate(passages),
-            row_length=padded_length(int(text_lengths.max()), limits.get(task, limits["ir"])),
-            tokens=int(text_lengths.sum()),
+            sources=tuple(source for source, _, _ in parts),
+            examples=np.concatenate([examples for _, examples, _ in parts])[layout.order],
+            passages=np.concatenate([passages for _, _, passages in parts])[layout.order],
+            layout=layout,
+            tokens=int(lengths.sum()),
         )
+
+    def _lengths(self, source: int, examples: np.ndarray, passages: np.ndarray) -> np.ndarray:
+        """Returns the number of tokens of each query and its passages, int [examples, 1 + passages]; 0 for padding."""
+        index = self.sources[source].index
+        rows = index.passage_offsets[examples][:, None] + passages
+        passage_tokens = np.where(passages < 0, 0, index.passage_tokens[rows])
+        return np.concatenate([index.query_tokens[examples][:, None], passage_tokens], axis=1)
 
     def _passages(self, source: int, examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws the passages of each example, int [examples, passages]."""

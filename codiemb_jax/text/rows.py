@@ -1,4 +1,4 @@
-"""Lays out tokenized texts in rows."""
+"""Lays out tokenized texts in rows: one text per row, or packed."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,37 @@ from codiemb_jax.batch import TokenRows
 from codiemb_jax.text.prompts import Tokens
 
 
-def pad(texts: Sequence[Tokens | None], row_length: int) -> TokenRows:
-    """Lays out one text per row, padded at the end, [texts, row_length]; None becomes an empty row."""
-    rows = TokenRows(*(np.zeros((len(texts), row_length), np.int32) for _ in TokenRows._fields))
-    for row, text in enumerate(texts):
-        if text is not None:
-            count = text.ids.size
-            rows.tokens[row, :count] = text.ids
-            rows.positions[row, :count] = np.arange(count)
-            rows.segment_ids[row, :count] = 1
-            rows.pooling_mask[row, text.content_start : count] = 1
-    return rows
+def lay_out(texts: Sequence[Tokens], rows: np.ndarray, num_rows: int, row_length: int) -> tuple[TokenRows, np.ndarray]:
+    """Lays out texts in rows.
+
+    Args:
+      texts: The texts.
+      rows: int [texts], the row of each text. Texts of the same row follow each other in the given order.
+      num_rows: Number of rows.
+      row_length: Number of tokens per row.
+
+    Returns:
+      The rows, and the slot of each text: its index among the texts of its row, int [texts].
+    """
+    fields = {name: np.zeros((num_rows, row_length), np.int32) for name in TokenRows._fields}
+    slots = np.zeros(len(texts), np.int64)
+    if not texts:
+        return TokenRows(**fields), slots
+    order = np.argsort(rows, kind="stable")
+    lengths = np.array([texts[i].ids.size for i in order])
+    sorted_rows = rows[order]
+    is_first = np.concatenate([[True], sorted_rows[1:] != sorted_rows[:-1]])
+    first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]  # index in `order` of the first text of the same row
+    slots[order] = np.arange(len(texts)) - first
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    index = np.repeat(sorted_rows * row_length + starts - starts[first], lengths) + positions
+    fields["tokens"].flat[index] = np.concatenate([texts[i].ids for i in order])
+    fields["positions"].flat[index] = positions
+    fields["segment_ids"].flat[index] = np.repeat(slots[order] + 1, lengths)
+    content_starts = np.array([texts[i].content_start for i in order])
+    fields["pooling_mask"].flat[index] = positions >= np.repeat(content_starts, lengths)
+    return TokenRows(**fields), slots
 
 
 def padded_length(longest: int, limit: int) -> int:
@@ -27,3 +47,53 @@ def padded_length(longest: int, limit: int) -> int:
     There are only a few lengths because each new shape is compiled once.
     """
     return next(length for length in (-(-limit * part // 16) for part in (1, 2, 4, 8, 12, 16)) if length >= longest)
+
+
+def padded_count(count: int, multiple: int) -> int:
+    """Rounds a number of rows up by at most 1/32, or to the next multiple, so that there are few different numbers."""
+    step = max(1, 2 ** (count.bit_length() - 6))
+    step = -(-step // multiple) * multiple
+    return -(-count // step) * step
+
+
+def pack(lengths: np.ndarray, row_length: int, max_texts: int) -> np.ndarray:
+    """Assigns texts to rows by best-fit decreasing on the histogram of lengths (arXiv 2107.02027).
+
+    The longest texts come first, and each goes to the fullest row that has room for it. Texts of the same length, and
+    rows with the same room, are interchangeable, so they are assigned together.
+
+    Args:
+      lengths: int [texts], from 1 to `row_length`.
+      row_length: Number of tokens per row.
+      max_texts: Maximum number of texts per row.
+
+    Returns:
+      The row of each text, int [texts], from 0 without gaps.
+    """
+    rows = np.empty(lengths.size, np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    distinct, starts = np.unique(-lengths[order], return_index=True)
+    open_rows = [np.empty(0, np.int64)] * (row_length + 1)  # by the room that is left
+    num_open = np.zeros(row_length + 1, np.int64)
+    num_texts = np.zeros(lengths.size, np.int64)  # per row
+    num_rows = 0
+    for length, texts in zip((-distinct).tolist(), np.split(order, starts[1:]), strict=True):
+        while texts.size:
+            fitting = np.flatnonzero(num_open[length:])
+            if fitting.size:
+                room = length + int(fitting[0])
+                chosen, open_rows[room] = np.split(open_rows[room], [texts.size])
+                num_open[room] -= chosen.size
+            else:
+                room = row_length
+                per_row = min(row_length // length, max_texts)
+                chosen = np.arange(num_rows, num_rows - (-texts.size // per_row))
+                num_rows += chosen.size
+            placed, texts = np.split(texts, [chosen.size])
+            rows[placed] = chosen
+            num_texts[chosen] += 1
+            room -= length
+            still_open = chosen[num_texts[chosen] < max_texts]
+            open_rows[room] = np.concatenate([open_rows[room], still_open])
+            num_open[room] += still_open.size
+    return rows

@@ -12,6 +12,7 @@ from codiemb_jax.batch import TASKS, Task
 from codiemb_jax.checkpoints.export import check_exportable
 from codiemb_jax.checkpoints.model import PretrainedModel, open_model
 from codiemb_jax.config import MAX_INT, Settings
+from codiemb_jax.data.layout import Layout, PackedLayout, PaddedLayout
 from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Plan, Source
@@ -96,20 +97,30 @@ def open_run(setup: TrainingSetup) -> Run:
     names = dataset_names([dataset.path for dataset in datasets])
     sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
     check_negatives(settings, sources)
-    shards = row_shards(setup.mesh)
+    layout = batch_layout(settings, setup.mesh)
     if settings.data.sampler == "mixed":
-        plan: Plan = MixedPlan(sources, settings.data, settings.seed, shards)
+        plan: Plan = MixedPlan(sources, settings.data, settings.seed, layout)
     else:
-        plan = Plan(sources, settings.data, settings.seed)
+        group_sizes = {task.name: task.group_size for task in settings.tasks}
+        plan = Plan(sources, settings.data, settings.seed, layout, group_sizes)
     steps = settings.optimizer.max_steps or settings.optimizer.epochs * plan.steps_per_epoch
     if steps > MAX_INT:
         raise UserError(f"optimizer.epochs: {steps} steps are too many; the maximum is {MAX_INT}")
     inputs = {"model.path": model_fingerprint(setup.model)}
     inputs |= {str(dataset.path): dataset.folder.name.rpartition("-")[2] for dataset in datasets}
     if settings.data.sampler == "mixed":
-        inputs[DEVICES] = str(shards)
+        inputs[DEVICES] = str(layout.devices)
     folder.check_same_run(settings, inputs)
     return Run(setup, datasets, names, plan, steps, folder, inputs)
+
+
+def batch_layout(settings: Settings, mesh: jax.sharding.Mesh) -> Layout:
+    """Returns how the texts of a batch are laid out in rows."""
+    data = settings.data
+    if not data.packing:
+        return PaddedLayout(row_shards(mesh))
+    row_length = data.row_tokens or max(data.query_max_tokens, data.passage_max_tokens)
+    return PackedLayout(row_length, row_shards(mesh), settings.encode_chunks)
 
 
 def check_cache(cache: Path, output_dir: Path, input_paths: Sequence[Path]) -> None:
@@ -155,10 +166,12 @@ def check_batch_sizes(settings: Settings, shards: int) -> None:
                 f"{task.group_size_setting} {group} must divide the number of examples per device with sampler: mixed, "
                 f"{task.batch_size_setting} {size} / {shards} devices; set it to null to compare all of them"
             )
-        if size % (shards * settings.encode_chunks):
+        chunks = 1 if settings.data.packing else settings.encode_chunks  # packed rows are padded to full chunks
+        if size % (shards * chunks):
             problems.append(
-                f"{task.batch_size_setting} {size} must be a multiple of {shards * settings.encode_chunks}: "
-                f"{shards} batch shards (mesh.data x mesh.fsdp) x encode_chunks {settings.encode_chunks}"
+                f"{task.batch_size_setting} {size} must be a multiple of {shards * chunks}: "
+                f"{shards} batch shards (mesh.data x mesh.fsdp)"
+                + ("" if settings.data.packing else f" x encode_chunks {chunks}")
             )
     if problems:
         raise UserError("batches cannot be split evenly over the mesh:\n" + format_problems(problems))
