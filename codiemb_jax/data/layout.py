@@ -121,10 +121,12 @@ def balanced_order(tokens: np.ndarray, devices: int, group_size: int | None) -> 
 
 
 def _deal(tokens: np.ndarray, devices: int) -> np.ndarray:
-    """Returns an order of items in which `devices` equal parts have similar sums.
+    """Returns an order of items in which `devices` equal parts have similar sums. On one device they keep their order.
 
     The items are dealt in rounds, the largest first; in each round, the device with the fewest tokens gets the most.
     """
+    if devices == 1:  # in a mixed step, the examples of a device can have groups of their own
+        return np.arange(tokens.size)
     totals = np.zeros(devices, np.int64)
     parts = []
     for items in np.argsort(-tokens, kind="stable").reshape(-1, devices):

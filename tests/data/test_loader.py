@@ -11,6 +11,7 @@ import pytest
 
 from codiemb_jax.batch import Batch, TokenRows
 from codiemb_jax.config import DataSettings, PromptSettings
+from codiemb_jax.data.layout import Layout, PackedLayout, PaddedLayout
 from codiemb_jax.data.loader import StepSource, batches, local_ranges, to_global
 from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
@@ -19,7 +20,6 @@ from codiemb_jax.data.store import PreparedDataset
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.records import Triple
-from codiemb_jax.text.rows import pad
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
 LIMITS = {"query_max_tokens": 64, "passage_max_tokens": 32}
@@ -80,9 +80,8 @@ def make_sources(datasets: list[PreparedDataset]) -> list[Source]:
     return [Source(dataset.path.stem, dataset.task, dataset.index) for dataset in datasets]
 
 
-@pytest.fixture(scope="module")
-def plan(datasets) -> Plan:
-    plan = Plan(make_sources(datasets), SETTINGS, 5)
+def make_plan(datasets: list[PreparedDataset], layout: Layout) -> Plan:
+    plan = Plan(make_sources(datasets), SETTINGS, 5, layout, {"ir": None, "sts": None})
     assert plan.steps_per_epoch == 4
     steps = [plan.step(number) for number in range(STEPS)]
     assert {step.task for step in steps} == {"ir", "sts"}
@@ -91,11 +90,10 @@ def plan(datasets) -> Plan:
     return plan
 
 
-@pytest.fixture(scope="module")
-def mixed_plan(datasets) -> MixedPlan:
-    """A plan with two examples for each of eight devices, where every step has both tasks."""
+def make_mixed_plan(datasets: list[PreparedDataset], layout: Layout) -> MixedPlan:
+    """Returns a plan with two examples for each of eight devices, where every step has both tasks."""
     settings = SETTINGS.model_copy(update={"sampler": "mixed", "ir_global_batch_size": 16})
-    plan = MixedPlan(make_sources(datasets), settings, 5, 8)
+    plan = MixedPlan(make_sources(datasets), settings, 5, layout)
     assert all({datasets[source].task for source in plan.step(i).sources} == {"ir", "sts"} for i in range(4))
     return plan
 
@@ -119,6 +117,10 @@ def lay_out(texts: list[Tokens | None], length: int) -> dict[str, list[list[int]
         fields["segment_ids"].append([1] * len(ids) + padding)
         fields["pooling_mask"].append([0] * start + [1] * (len(ids) - start) + padding)
     return fields
+
+
+LaidOut = tuple[list[int], list[int], list[int]]
+"""The tokens, positions and pooling mask of a text."""
 
 
 class ExpectedBatches:
@@ -150,11 +152,33 @@ class ExpectedBatches:
         assert [passage is None for passage in passages] == [False] * 2 + [not example["negatives"]] * (len(chosen) - 2)
         return [self.query(example["query"]), *passages]
 
+    def examples(self, step: StepPlan) -> list[dict[str, Any]]:
+        per_source = step.examples.size // len(step.sources)
+        return [self.lines[step.sources[i // per_source]][example] for i, example in enumerate(step.examples)]
+
+    def example_texts(self, step: StepPlan) -> list[list[Tokens | None]]:
+        """Returns the texts of each example: its query and its chosen passages."""
+        return [self.texts(*example) for example in zip(self.examples(step), step.passages.tolist(), strict=True)]
+
+    def present_texts(self, step: StepPlan) -> list[list[LaidOut | None]]:
+        """Returns each text of each example as it should lie in a row; None for padding."""
+        return [
+            [
+                None
+                if text is None
+                else (
+                    text.ids.tolist(),
+                    list(range(text.ids.size)),
+                    [int(i >= text.content_start) for i in range(text.ids.size)],
+                )
+                for text in example
+            ]
+            for example in self.example_texts(step)
+        ]
+
     def batch(self, step: StepPlan, devices: int) -> dict[str, Any]:
         """Returns the batch of a step whose examples are split over `devices`, with all fields as lists."""
-        per_source = step.examples.size // len(step.sources)
-        examples = [self.lines[step.sources[i // per_source]][example] for i, example in enumerate(step.examples)]
-        texts = [self.texts(*example) for example in zip(examples, step.passages.tolist(), strict=True)]
+        examples, texts = self.examples(step), self.example_texts(step)
         width = step.passages.shape[1]
         rows: list[Tokens | None] = []
         fields: dict[str, list] = {"text_ids": [], "queries": [], "passages": [], "scores": []}
@@ -172,7 +196,7 @@ class ExpectedBatches:
                 [order.index((i, 1 + j)) if (i, 1 + j) in present else -1 for j in range(width)] for i in local
             ]
             fields["scores"] += [float(np.float32(examples[i].get("positive_scores", [np.nan])[0])) for i in local]
-        return {"rows": lay_out(rows, step.row_length), **fields}
+        return {"rows": lay_out(rows, step.layout.row_length), **fields}
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +218,61 @@ def assert_equal(batch: Batch, fields: dict[str, Any]) -> None:
     np.testing.assert_array_equal(batch.scores, fields["scores"])
 
 
+def indices_by_example(batch: Batch, devices: int) -> list[list[tuple[int, int] | None]]:
+    """Returns the (row, slot) in the global batch of each example's query and passages; None for padding."""
+    rows, slots = batch.text_ids.shape
+    indices = np.concatenate([np.asarray(batch.queries)[:, None], np.asarray(batch.passages)], axis=1).tolist()
+    per_device = len(indices) // devices
+    return [
+        [None if i < 0 else (example // per_device * (rows // devices) + i // slots, i % slots) for i in own]
+        for example, own in enumerate(indices)
+    ]
+
+
+def packed_texts(batch: Batch, devices: int) -> list[list[LaidOut | None]]:
+    """Returns the texts that the indices of a batch point to, and asserts that the rows contain nothing else."""
+    tokens, positions, segment_ids, pooling_mask = (np.asarray(field) for field in batch.rows)
+    seen = np.zeros(tokens.shape, bool)
+
+    def read(row: int, slot: int) -> LaidOut:
+        own = segment_ids[row] == slot + 1
+        assert own.any()
+        assert not seen[row, own].any()
+        assert np.ptp(np.flatnonzero(own)) == own.sum() - 1  # consecutive
+        seen[row] |= own
+        return tokens[row, own].tolist(), positions[row, own].tolist(), pooling_mask[row, own].tolist()
+
+    texts = [[index and read(*index) for index in example] for example in indices_by_example(batch, devices)]
+    for field in (tokens, positions, segment_ids, pooling_mask):
+        assert field.dtype == np.int32
+        assert not field[~seen].any()
+    return texts
+
+
+def texts_by_id(batch: Batch, devices: int) -> dict[int, LaidOut]:
+    """Returns each text of a batch by its id, and asserts that ids are unique and that empty slots have none."""
+    text_ids = np.asarray(batch.text_ids)
+    assert text_ids.dtype == np.int32
+    by_id: dict[int, LaidOut] = {}
+    for places, texts in zip(indices_by_example(batch, devices), packed_texts(batch, devices), strict=True):
+        for place, text in zip(places, texts, strict=True):
+            if place is not None and text is not None:
+                text_id = int(text_ids[place])
+                assert text_id >= 0 and text_id not in by_id
+                by_id[text_id] = text
+    assert (text_ids >= 0).sum() == len(by_id)
+    return by_id
+
+
 def assert_token_counts(step: StepPlan, batch: Batch) -> None:
     assert step.tokens == int((batch.rows.segment_ids > 0).sum())
     assert step.computed_tokens == batch.rows.segment_ids.size
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2)])
-def test_batches_have_the_planned_examples_on_any_mesh(shape, plan, datasets, expected):
+def test_batches_have_the_planned_examples_on_any_mesh(shape, datasets, expected):
     sharding, shards = row_sharding(make_mesh(*shape)), shape[0] * shape[1]
+    plan = make_plan(datasets, PaddedLayout(shards))
     steps = list(batches(plan, datasets, sharding, start=0, stop=STEPS))
     assert [step.number for step, _ in steps] == list(range(STEPS))
     for step, batch in steps:
@@ -214,10 +285,11 @@ def test_batches_have_the_planned_examples_on_any_mesh(shape, plan, datasets, ex
         assert np.isnan(batch.scores).tolist() == [step.task == "ir"] * step.examples.size
 
 
-def test_text_ids_do_not_depend_on_the_mesh(plan, datasets):
+def test_text_ids_do_not_depend_on_the_mesh(datasets):
     def tokens_by_id(*shape: int) -> list[dict[int, list[int]]]:
         """Returns the tokens of each text id for every step."""
         steps = []
+        plan = make_plan(datasets, PaddedLayout(shape[0] * shape[1]))
         for _, batch in batches(plan, datasets, row_sharding(make_mesh(*shape)), start=0, stop=STEPS):
             assert batch.text_ids.shape == (len(batch.rows.tokens), 1)
             ids, tokens = np.asarray(batch.text_ids)[:, 0].tolist(), np.asarray(batch.rows.tokens).tolist()
@@ -233,9 +305,55 @@ def test_text_ids_do_not_depend_on_the_mesh(plan, datasets):
     assert tokens_by_id(2, 2, 2) == single_device
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2)])
+def test_packed_batches_have_the_planned_texts_on_any_mesh(shape, chunks, datasets, expected):
+    sharding, shards = row_sharding(make_mesh(*shape)), shape[0] * shape[1]
+    plan = make_plan(datasets, PackedLayout(64, shards, chunks))
+    padded = batches(
+        make_plan(datasets, PaddedLayout()), datasets, row_sharding(make_mesh(1, 1, 1)), start=0, stop=STEPS
+    )
+    for (step, batch), (padded_step, padded_batch) in zip(
+        batches(plan, datasets, sharding, start=0, stop=STEPS), padded, strict=True
+    ):
+        assert type(batch) is Batch
+        rows, slots = step.layout.rows * shards, 64 // 16
+        assert batch.rows.tokens.shape == (rows, 64)
+        assert batch.text_ids.shape == (rows, slots)
+        assert step.layout.rows % chunks == 0
+        assert_token_counts(step, batch)
+        for leaf in jax.tree.leaves(batch):
+            assert leaf.sharding == sharding
+            assert leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // shards
+        assert packed_texts(batch, shards) == expected.present_texts(step)
+        # Ids do not depend on the layout, so neither does dropout.
+        assert texts_by_id(batch, shards) == texts_by_id(padded_batch, 1)
+        scores = [float(np.float32(line.get("positive_scores", [np.nan])[0])) for line in expected.examples(step)]
+        np.testing.assert_array_equal(batch.scores, scores)
+        assert sorted(step.examples.tolist()) == sorted(padded_step.examples.tolist())
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1)])
-def test_mixed_batches_have_the_planned_examples_of_each_device(shape, mixed_plan, datasets, expected):
-    for step, batch in batches(mixed_plan, datasets, row_sharding(make_mesh(*shape)), start=0, stop=4):
+def test_packed_mixed_batches_have_the_planned_texts_of_each_device(shape, datasets, expected):
+    plan, padded_plan = make_mixed_plan(datasets, PackedLayout(64, 8, 2)), make_mixed_plan(datasets, PaddedLayout(8))
+    sharding = row_sharding(make_mesh(*shape))
+    for (step, batch), (padded_step, padded_batch) in zip(
+        batches(plan, datasets, sharding, start=0, stop=4),
+        batches(padded_plan, datasets, sharding, start=0, stop=4),
+        strict=True,
+    ):
+        assert step.sources == padded_step.sources
+        assert step.examples.tolist() == padded_step.examples.tolist()  # devices keep their examples, and their order
+        assert_token_counts(step, batch)
+        assert packed_texts(batch, 8) == expected.present_texts(step)
+        assert texts_by_id(batch, 8) == texts_by_id(padded_batch, 8)
+        np.testing.assert_array_equal(batch.scores, padded_batch.scores)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1)])
+def test_mixed_batches_have_the_planned_examples_of_each_device(shape, datasets, expected):
+    plan = make_mixed_plan(datasets, PaddedLayout(8))
+    for step, batch in batches(plan, datasets, row_sharding(make_mesh(*shape)), start=0, stop=4):
         assert type(batch) is Batch
         assert_equal(batch, expected.batch(step, 8))
         assert_token_counts(step, batch)
@@ -245,8 +363,9 @@ def test_mixed_batches_have_the_planned_examples_of_each_device(shape, mixed_pla
             assert np.isnan(shard.data).tolist() == [datasets[source].task == "ir"] * 2
 
 
-def test_start_skips_earlier_steps(plan, datasets):
-    sharding = row_sharding(make_mesh(2, 1, 1))
+@pytest.mark.parametrize("layout", [PaddedLayout(2), PackedLayout(64, 2)])
+def test_start_skips_earlier_steps(layout, datasets):
+    plan, sharding = make_plan(datasets, layout), row_sharding(make_mesh(2, 1, 1))
     all_steps = list(batches(plan, datasets, sharding, start=0, stop=STEPS))
     for start in (1, 3, STEPS - 1):
         rest = list(batches(plan, datasets, sharding, start=start, stop=STEPS))
@@ -254,16 +373,6 @@ def test_start_skips_earlier_steps(plan, datasets):
         for (_, actual), (_, expected) in zip(rest, all_steps[start:], strict=True):
             jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert list(batches(plan, datasets, sharding, start=STEPS, stop=STEPS)) == []
-
-
-def test_pad_lays_out_one_text_per_row():
-    texts = [Tokens(np.array([7, 8, 9], np.int32), 1), None, Tokens(np.array([5], np.int32), 0)]
-    rows = pad(texts, 4)
-    assert rows.tokens.tolist() == [[7, 8, 9, 0], [0, 0, 0, 0], [5, 0, 0, 0]]
-    assert rows.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert rows.segment_ids.tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert rows.pooling_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert {field.dtype.name for field in rows} == {"int32"}
 
 
 class HostSharding:
@@ -300,12 +409,13 @@ def test_local_ranges_match_the_devices_of_the_host(hosts, shape):
         assert ranges == [(shard * per_shard, (shard + 1) * per_shard) for shard in shards]
 
 
+@pytest.mark.parametrize("layout", [PaddedLayout(8), PackedLayout(64, 8)])
 @pytest.mark.parametrize("sampler", ["dynamic", "mixed"])
 @pytest.mark.parametrize("hosts", HOSTS)
 def test_hosts_read_only_their_examples_and_assemble_the_global_batch(
-    hosts, sampler, plan, mixed_plan, datasets, expected, monkeypatch
+    hosts, sampler, layout, datasets, expected, monkeypatch
 ):
-    plan = mixed_plan if sampler == "mixed" else plan
+    plan = make_mixed_plan(datasets, layout) if sampler == "mixed" else make_plan(datasets, layout)
     mesh = make_mesh(8, 1, 1)
     sharding = row_sharding(mesh)
     read: list[tuple[str, int]] = []
@@ -335,8 +445,8 @@ def test_hosts_read_only_their_examples_and_assemble_the_global_batch(
         size = len(planned) // 8
         seen: list[tuple[str, int]] = []
         for local_devices in HOSTS[hosts]:
-            layout = HostSharding(sharding, [mesh.devices.flat[i] for i in local_devices])
-            source = StepSource(plan, datasets, layout, STEPS)
+            host = HostSharding(sharding, [mesh.devices.flat[i] for i in local_devices])
+            source = StepSource(plan, datasets, host, STEPS)
             read.clear()
             assert len(source) == STEPS
             host_plan, local = source[number]
@@ -347,7 +457,7 @@ def test_hosts_read_only_their_examples_and_assemble_the_global_batch(
             assert len(local) == len(local_devices)
             for part, i in zip(local, sorted(local_devices), strict=True):
                 jax.tree.map(np.testing.assert_array_equal, part, parts[i])
-            ((loaded, arrays),) = batches(plan, datasets, layout, start=number, stop=number + 1)
+            ((loaded, arrays),) = batches(plan, datasets, host, start=number, stop=number + 1)
             assert loaded.number == number
             for (shape, blocks), leaf in zip([*arrays.rows, *arrays[1:]], jax.tree.leaves(whole), strict=True):
                 assert shape == leaf.shape
@@ -356,7 +466,10 @@ def test_hosts_read_only_their_examples_and_assemble_the_global_batch(
                     block = leaf.shape[0] // 8
                     np.testing.assert_array_equal(blocks[mesh.devices.flat[i]], leaf[i * block : (i + 1) * block])
         assert sorted(seen) == sorted(planned)
-        assert_equal(whole, expected.batch(step, 8))
+        if isinstance(layout, PaddedLayout):
+            assert_equal(whole, expected.batch(step, 8))
+        else:
+            assert expected.present_texts(step) == packed_texts(whole, 8)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])

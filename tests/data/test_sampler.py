@@ -1,5 +1,6 @@
 """Tests the plan of steps: that it is deterministic and complete, and its choices and row lengths."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from codiemb_jax.batch import Task
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data.layout import BatchLayout, Layout, PackedLayout, PaddedLayout
 from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.sampler import Plan, Source, StepPlan
 from codiemb_jax.data.store import Index
@@ -55,13 +57,27 @@ SOURCES = [
 BATCHES = [5, 3, 3, 1]  # 23 // 4, 12 // 4, 20 // 6, 6 // 6
 
 
-def make_plan(seed: int = 49, sources: list[Source] = SOURCES, **changes) -> Plan:
-    return Plan(sources, DataSettings(ir=["ir"], sts=["sts"], **(MAX | SIZES | DRAWS | changes)), seed)
+PADDED = PaddedLayout()
+NO_GROUPS: dict[Task, int | None] = {"ir": None, "sts": None}
+
+
+def make_plan(
+    seed: int = 49,
+    sources: list[Source] = SOURCES,
+    layout: Layout = PADDED,
+    group_sizes: Mapping[Task, int | None] = NO_GROUPS,
+    **changes,
+) -> Plan:
+    settings = DataSettings(ir=["ir"], sts=["sts"], **(MAX | SIZES | DRAWS | changes))
+    return Plan(sources, settings, seed, layout, group_sizes)
 
 
 def as_tuple(step: StepPlan) -> tuple:
-    """Returns all fields of a step, with arrays as lists."""
-    return tuple(value.tolist() if isinstance(value, np.ndarray) else value for value in vars(step).values())
+    """Returns all fields of a step and of its layout, with arrays as lists."""
+    values = [value for value in vars(step).values() if not isinstance(value, BatchLayout)]
+    return tuple(
+        value.tolist() if isinstance(value, np.ndarray) else value for value in (*values, *vars(step.layout).values())
+    )
 
 
 def split_parts(step: StepPlan) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -87,8 +103,9 @@ def epoch_order(plan: Plan, epoch: int) -> list[tuple[int, list[int]]]:
     return [(get_source(step), step.examples.tolist()) for step in steps]
 
 
-def test_steps_do_not_depend_on_the_order_of_calls():
-    in_order, shuffled_calls = make_plan(), make_plan()
+@pytest.mark.parametrize("layout", [PADDED, PackedLayout(200, 2)])
+def test_steps_do_not_depend_on_the_order_of_calls(layout):
+    in_order, shuffled_calls = make_plan(layout=layout), make_plan(layout=layout)
     numbers = list(range(4 * in_order.steps_per_epoch))
     expected = [as_tuple(in_order.step(number)) for number in numbers]
     shuffled = np.random.default_rng(0).permutation(numbers * 2).tolist()
@@ -96,7 +113,7 @@ def test_steps_do_not_depend_on_the_order_of_calls():
         if number < len(expected):
             assert as_tuple(shuffled_calls.step(number)) == expected[number]
         else:
-            assert as_tuple(shuffled_calls.step(number)) == as_tuple(make_plan().step(number))
+            assert as_tuple(shuffled_calls.step(number)) == as_tuple(make_plan(layout=layout).step(number))
 
 
 def test_modifying_a_step_does_not_change_the_plan():
@@ -250,11 +267,11 @@ def test_row_length_fits_the_longest_chosen_text(ir, sts, min_lengths):
         step = plan.step(number)
         queries, passages = get_lengths(step)
         limit = MAX["query_max_tokens"] if step.task == "sts" else MAX["passage_max_tokens"]
-        assert step.row_length == shortest_row_length(max(queries + passages), limit)
-        seen.add(step.row_length)
+        assert step.layout.row_length == shortest_row_length(max(queries + passages), limit)
+        seen.add(step.layout.row_length)
         assert step.tokens == sum(queries) + sum(passages)
         rows = ir * (1 + 5) if step.task == "ir" else sts * (1 + 1)
-        assert step.computed_tokens == rows * step.row_length
+        assert step.computed_tokens == rows * step.layout.row_length
     assert len(seen) >= min_lengths
 
 
@@ -263,7 +280,7 @@ def test_short_texts_have_short_rows():
     index.query_tokens[:] = [1, 4, 2, 3]
     index.passage_tokens[:] = [13, 14, 9, 1]
     step = make_plan(sources=[Source("a", "ir", index)]).step(0)
-    assert step.row_length == 25  # 13 < 14 <= 25 = 200 / 8
+    assert step.layout.row_length == 25  # 13 < 14 <= 25 = 200 / 8
     assert step.tokens == 10 + 2 * 37  # the only positive is drawn twice
     assert step.computed_tokens == (4 + 4 * 5) * 25  # includes rows of padding negatives
 
@@ -274,7 +291,7 @@ def test_long_queries_have_long_rows():
     index.passage_tokens[:] = [13, 14, 9, 1]
     limits = {"query_max_tokens": 400, "passage_max_tokens": 100}
     step = make_plan(sources=[Source("a", "ir", index)], **limits).step(0)
-    assert step.row_length == 200  # 100 < 104 <= 200 = 400 / 2
+    assert step.layout.row_length == 200  # 100 < 104 <= 200 = 400 / 2
     assert step.tokens == 110 + 2 * 37
     assert step.computed_tokens == (4 + 4 * 5) * 200
 
@@ -335,10 +352,12 @@ def test_ir_share_is_an_exact_decimal():
     assert [plan.step(number).task for number in range(10)].count("ir") == 3
 
 
-def make_mixed(devices: int = 4, sources: list[Source] = SOURCES, size: int = 8, **changes) -> MixedPlan:
+def make_mixed(
+    devices: int = 4, sources: list[Source] = SOURCES, size: int = 8, layout: Layout | None = None, **changes
+) -> MixedPlan:
     sizes = {"ir_global_batch_size": size, "sts_global_batch_size": size}
     values = MAX | DRAWS | sizes | {"sampler": "mixed"} | changes
-    return MixedPlan(sources, DataSettings(ir=["ir"], sts=["sts"], **values), 49, devices)
+    return MixedPlan(sources, DataSettings(ir=["ir"], sts=["sts"], **values), 49, layout or PaddedLayout(devices))
 
 
 def test_mixed_step_has_one_dataset_per_device():
@@ -374,9 +393,53 @@ def test_mixed_row_length_fits_the_longest_text_of_all_devices():
             lengths += index.query_tokens[examples].tolist()
             for example, chosen in zip(examples, passages, strict=True):
                 lengths += [int(index.passage_tokens[index.passage_offsets[example] + j]) for j in chosen if j >= 0]
-        assert step.row_length == shortest_row_length(max(lengths), 200)
+        assert step.layout.row_length == shortest_row_length(max(lengths), 200)
         assert step.tokens == sum(lengths)
-        assert step.computed_tokens == (8 + 40) * step.row_length
+        assert step.computed_tokens == (8 + 40) * step.layout.row_length
+
+
+def passages_by_example(step: StepPlan) -> dict[int, list[int]]:
+    assert len(set(step.examples.tolist())) == step.examples.size
+    return by_example(step)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("group_size", [None, 2, 4])
+def test_packing_does_not_change_the_examples_of_a_group(devices, group_size):
+    sizes = {"ir_global_batch_size": 8, "sts_global_batch_size": 8}
+    sources = [source for source in SOURCES if source.index.position.size >= 8]
+    padded = make_plan(sources=sources, **sizes)
+    packed = make_plan(
+        sources=sources,
+        layout=PackedLayout(200, devices),
+        group_sizes={"ir": group_size, "sts": group_size},
+        **sizes,
+    )
+    moved = 0
+    for number in range(2 * padded.steps_per_epoch):
+        expected, actual = padded.step(number), packed.step(number)
+        assert (actual.sources, actual.task, actual.tokens) == (expected.sources, expected.task, expected.tokens)
+        assert passages_by_example(actual) == passages_by_example(expected)
+        assert actual.examples.tolist() == expected.examples[actual.layout.order].tolist()
+        assert actual.computed_tokens == devices * actual.layout.rows * 200
+        groups = [
+            {frozenset(group) for group in step.examples.reshape(-1, group_size or 8).tolist()}
+            for step in (actual, expected)
+        ]
+        assert groups[0] == groups[1]
+        moved += actual.examples.tolist() != expected.examples.tolist()
+    assert (moved > 0) == (devices > 1 and group_size != 8 // devices)  # one group per device stays where it is
+
+
+def test_packing_does_not_change_mixed_steps():
+    padded, packed = make_mixed(), make_mixed(layout=PackedLayout(200, 4))
+    for number in range(2 * padded.steps_per_epoch):
+        expected, actual = padded.step(number), packed.step(number)
+        assert actual.sources == expected.sources
+        assert actual.examples.tolist() == expected.examples.tolist()
+        assert actual.passages.tolist() == expected.passages.tolist()
+        assert actual.tokens == expected.tokens
+        assert actual.computed_tokens == 4 * actual.layout.rows * 200
 
 
 def test_mixed_with_too_few_batches_raises_user_error():

@@ -5,17 +5,111 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codiemb_jax.text.prompts import Tokens
-from codiemb_jax.text.rows import pad, padded_length
+from codiemb_jax.text.rows import lay_out, pack, padded_count, padded_length
 
 
-def test_each_text_has_a_row_with_padding():
-    texts = [Tokens(np.array([7, 8, 9], np.int32), 1), None, Tokens(np.array([5, 6], np.int32), 0)]
-    rows = pad(texts, 4)
+def make_text(ids: list[int], content_start: int) -> Tokens:
+    return Tokens(np.array(ids, np.int32), content_start)
+
+
+def test_one_text_per_row():
+    texts = [make_text([7, 8, 9], 1), make_text([5, 6], 0)]
+    rows, slots = lay_out(texts, np.array([0, 2]), 3, 4)
     assert all(field.dtype == np.int32 for field in rows)
     assert rows.tokens.tolist() == [[7, 8, 9, 0], [0, 0, 0, 0], [5, 6, 0, 0]]
     assert rows.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert rows.segment_ids.tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
     assert rows.pooling_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    assert slots.tolist() == [0, 0]
+
+
+def test_several_texts_per_row():
+    texts = [make_text([7, 8, 9], 1), make_text([5, 6], 0), make_text([4], 0), make_text([3, 2], 1)]
+    rows, slots = lay_out(texts, np.array([1, 0, 1, 1]), 2, 7)
+    assert rows.tokens.tolist() == [[5, 6, 0, 0, 0, 0, 0], [7, 8, 9, 4, 3, 2, 0]]
+    assert rows.positions.tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 1, 2, 0, 0, 1, 0]]
+    assert rows.segment_ids.tolist() == [[1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 2, 3, 3, 0]]
+    assert rows.pooling_mask.tolist() == [[1, 1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 1, 0]]
+    assert slots.tolist() == [0, 0, 1, 2]
+
+
+def test_rows_without_texts_are_empty():
+    rows, slots = lay_out([], np.zeros(0, int), 2, 3)
+    assert [field.tolist() for field in rows] == [[[0] * 3] * 2] * 4
+    assert slots.size == 0
+
+
+@given(data=st.data())
+def test_every_text_is_in_its_slot(data):
+    row_length, max_texts = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 6))
+    lengths = data.draw(st.lists(st.integers(1, row_length), min_size=1, max_size=40))
+    starts = [data.draw(st.integers(0, length - 1)) for length in lengths]
+    rng = np.random.default_rng(0)
+    texts = [
+        make_text(rng.integers(1, 99, length).tolist(), start) for length, start in zip(lengths, starts, strict=True)
+    ]
+    chosen = pack(np.array(lengths), row_length, max_texts)
+    rows, slots = lay_out(texts, chosen, int(chosen.max()) + 1, row_length)
+    for text, row, slot in zip(texts, chosen, slots, strict=True):
+        own = rows.segment_ids[row] == slot + 1
+        assert rows.tokens[row, own].tolist() == text.ids.tolist()
+        assert rows.positions[row, own].tolist() == list(range(text.ids.size))
+        assert rows.pooling_mask[row, own].tolist() == [i >= text.content_start for i in range(text.ids.size)]
+    assert (rows.segment_ids > 0).sum() == sum(lengths)
+    assert slots.max() < max_texts
+
+
+def best_fit_decreasing(lengths: list[int], row_length: int, max_texts: int) -> list[int]:
+    """Returns the sorted number of tokens in each row of the textbook algorithm, one text at a time."""
+    totals: list[int] = []
+    counts: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, total in enumerate(totals) if total + length <= row_length and counts[i] < max_texts]
+        if fitting:
+            fullest = max(fitting, key=lambda i: totals[i])
+            totals[fullest] += length
+            counts[fullest] += 1
+        else:
+            totals.append(length)
+            counts.append(1)
+    return sorted(totals)
+
+
+@given(data=st.data())
+def test_pack_respects_the_limits_and_needs_no_more_rows_than_best_fit_decreasing(data):
+    row_length = data.draw(st.integers(1, 100))
+    max_texts = data.draw(st.integers(1, 100))
+    lengths = np.array(data.draw(st.lists(st.integers(1, row_length), min_size=1, max_size=200)))
+    rows = pack(lengths, row_length, max_texts)
+    totals, counts = np.bincount(rows, lengths), np.bincount(rows)
+    assert totals.max() <= row_length
+    assert counts.min() >= 1
+    assert counts.max() <= max_texts
+    if max_texts >= row_length:  # without a limit on texts, ties are the only difference
+        assert totals.size <= len(best_fit_decreasing(lengths.tolist(), row_length, max_texts))
+
+
+def test_packing_of_real_lengths_leaves_little_padding():
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([
+        rng.integers(20, 60, 224),  # queries
+        np.clip(rng.lognormal(5.3, 0.7, 1344), 10, 1000).astype(int),  # passages, mean 250
+    ])  # fmt: skip
+    assert lengths[224:].mean() > 230
+    rows = pack(lengths, 1024, 64)
+    padding = 1 - lengths.sum() / ((rows.max() + 1) * 1024)
+    assert padding < 0.01
+
+
+@given(count=st.integers(1, 10**6), multiple=st.integers(1, 64))
+def test_padded_count_adds_at_most_a_thirty_second_or_a_multiple(count, multiple):
+    padded = padded_count(count, multiple)
+    assert padded % multiple == 0
+    assert count <= padded < count + max(count / 32 + multiple, 1)
+
+
+def test_there_are_few_padded_counts():
+    assert len({padded_count(count, 1) for count in range(1000, 1101)}) <= 8
 
 
 @given(limit=st.integers(1, 4096), data=st.data())
