@@ -49,6 +49,8 @@ data:
   negatives_per_query: 4
   query_max_tokens: 1024
   passage_max_tokens: 1024
+  packing: true
+  row_tokens: null
 evaluation: {ir: [], sts: []}
 objective:
   ir: info_nce
@@ -338,6 +340,8 @@ WRONG_TYPES = {
     ("optimizer.warmup_ratio", "'0.5'"): "Input should be a valid number, found '0.5'",
     ("objective.temperature", "true"): "Input should be a valid number, found True",
     ("objective.mid_info_nce_threshold", "true"): "Input should be a valid number, found True",
+    ("data.packing", "'true'"): "Input should be a valid boolean, found 'true'",
+    ("data.row_tokens", "1.5"): "Input should be a valid integer, got a number with a fractional part, found 1.5",
     ("data.ir_share", "'0.5'"): "Input should be a valid number, found '0.5'",
     ("model.dropout", "false"): "Input should be a valid number, found False",
     ("export", "1"): "Input should be a valid boolean, found 1",
@@ -372,7 +376,7 @@ def test_invalid_betas_raise_user_error(error_lines):
 
 COUNTS = [
     "encode_chunks", "data.max_examples", "data.ir_global_batch_size", "data.sts_global_batch_size",
-    "data.query_max_tokens", "data.passage_max_tokens",
+    "data.query_max_tokens", "data.passage_max_tokens", "data.row_tokens",
     "objective.ir_pool_size", "objective.sts_list_size", "optimizer.warmup_steps", "optimizer.epochs",
     "optimizer.max_steps", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.every_steps",
     "checkpoint.every_epochs", "checkpoint.keep",
@@ -697,6 +701,19 @@ def test_ir_share_requires_single_task_steps_of_both_tasks(load, error_lines):
 def test_mixed_sampler_requires_one_batch_size(error_lines):
     (problem,) = error_lines(MINIMAL + "  sts: [sts.jsonl]\n  sampler: mixed\n")[1:]
     assert problem.startswith("  FILE:4: data: sampler: mixed requires one batch size")
+
+
+def test_row_tokens_require_packing_and_hold_the_longest_text(load, error_lines):
+    (problem,) = error_lines(MINIMAL + "  packing: false\n  row_tokens: 1024\n")[1:]
+    assert problem.startswith("  FILE:4: data: row_tokens requires packing: true")
+    limits = "  query_max_tokens: 64\n  passage_max_tokens: 200\n"
+    for text in (limits, "  query_max_tokens: 200\n  passage_max_tokens: 64\n"):
+        (problem,) = error_lines(MINIMAL + text + "  row_tokens: 199\n")[1:]
+        assert problem.startswith(
+            "  FILE:4: data: row_tokens 199 must be at least query_max_tokens and passage_max_tokens, 200"
+        )
+        assert load(MINIMAL + text + "  row_tokens: 200\n").data.row_tokens == 200
+    assert load(MINIMAL + limits + "  packing: false\n").data.row_tokens is None
 
 
 def test_tasks_are_those_with_data(load):

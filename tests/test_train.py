@@ -49,9 +49,11 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return values
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("task", ["ir", "sts"])
-def test_trajectory_matches_original(task, golden, tmp_path):
+def test_trajectory_matches_original(task, packing, golden, tmp_path):
     data = {"ir": [str(golden / IR)]} if task == "ir" else {"sts": [str(golden / STS)]}
+    data["packing"] = packing
     lines = run(golden_settings(golden, tmp_path / "run", data=data), tmp_path)
     expected = json.loads((golden / f"trajectory_{task}.json").read_text())
     assert len(lines) == len(expected) == 8
@@ -63,10 +65,18 @@ def test_trajectory_matches_original(task, golden, tmp_path):
         # The original pads each pair with four negatives "nothing" of three tokens.
         extra_tokens = 16 * 4 * 3 if task == "sts" else 0
         assert line["tokens"] == golden_line["q_tokens"] + golden_line["p_tokens"] - extra_tokens
+        assert line["computed_tokens"] >= line["tokens"]
+        if packing:  # equally many rows of 128 tokens on each of the eight devices
+            assert line["computed_tokens"] % (8 * 128) == 0
+            assert line["computed_tokens"] < {"ir": 8 * 6, "sts": 16 * 2}[task] * 128
+        else:  # one of the row lengths for each text
+            lengths = [{"ir": 8 * 6, "sts": 16 * 2}[task] * length for length in (8, 16, 32, 64, 96, 128)]
+            assert line["computed_tokens"] in lengths
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("task", ["ir", "sts"])
-def test_trajectory_of_pretrained_encoder_matches_original(task, golden, minilm, tmp_path):
+def test_trajectory_of_pretrained_encoder_matches_original(task, packing, golden, minilm, tmp_path):
     name = {"ir": "small_news", "sts": "small_questions"}[task]
     settings = golden_settings(
         golden, tmp_path / "run",
@@ -74,7 +84,7 @@ def test_trajectory_of_pretrained_encoder_matches_original(task, golden, minilm,
         prompt={"begin": "[CLS]", "passage": "Passage: ", "end": "[SEP]"},
         data={
             task: [str(golden / "data" / f"{name}.jsonl")], "ir_global_batch_size": 4, "sts_global_batch_size": 8,
-            "negatives_per_query": 2, "query_max_tokens": 400, "passage_max_tokens": 400,
+            "negatives_per_query": 2, "query_max_tokens": 400, "passage_max_tokens": 400, "packing": packing,
         },
         optimizer={"learning_rate": 1e-5, "warmup_steps": 1, "max_steps": 4},
         mesh={"tensor": 2}, export=False,
@@ -590,8 +600,9 @@ def test_user_error_exits_with_code_2_and_one_message(tmp_path, capsys):
     assert "Traceback" not in error
 
 
-def test_trajectory_in_chunks_matches_original(golden, tmp_path):
-    data = {"ir": [str(golden / IR)], "ir_global_batch_size": 8}
+@pytest.mark.parametrize("packing", [False, True])
+def test_trajectory_in_chunks_matches_original(packing, golden, tmp_path):
+    data = {"ir": [str(golden / IR)], "ir_global_batch_size": 8, "packing": packing}
     expected = json.loads((golden / "trajectory_ir.json").read_text())
     # With tensor parallelism, four row shards have two queries each, one per chunk.
     settings = golden_settings(golden, tmp_path / "run", data=data, mesh={"tensor": 2}, encode_chunks=2, export=False)

@@ -1,4 +1,4 @@
-"""Tests that losses and gradients do not depend on the number of devices, the mesh or chunks."""
+"""Tests that losses and gradients do not depend on the number of devices, the mesh, chunks or packing."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ from codiemb_jax.data.sampler import Plan, Source
 from codiemb_jax.sharding import make_mesh, row_sharding
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.training.optimizer import make_optimizer
+from codiemb_jax.training.run import batch_layout
 from codiemb_jax.training.schedule import make_schedule
 from codiemb_jax.training.state import abstract_state, initial_state
 from codiemb_jax.training.step import make_step
@@ -24,7 +25,7 @@ from codiemb_jax.training.step import make_step
 STEPS = 10
 
 
-def make_settings(golden, chunks: int, group_size: int | None, **mesh: int) -> Settings:
+def make_settings(golden, chunks: int, group_size: int | None, packing: bool = False, **mesh: int) -> Settings:
     return Settings.model_validate(
         {
             "output_dir": "unused",
@@ -32,7 +33,7 @@ def make_settings(golden, chunks: int, group_size: int | None, **mesh: int) -> S
             "data": {
                 "ir": [golden / "data" / "news.jsonl"], "sts": [golden / "data" / "questions.jsonl"],
                 "ir_global_batch_size": 8, "sts_global_batch_size": 16, "positives_per_query": 1,
-                "query_max_tokens": 64, "passage_max_tokens": 64,
+                "query_max_tokens": 64, "passage_max_tokens": 64, "packing": packing,
             },
             "objective": {"ir_pool_size": group_size, "sts_list_size": group_size},
             "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2, "max_steps": STEPS},
@@ -43,7 +44,7 @@ def make_settings(golden, chunks: int, group_size: int | None, **mesh: int) -> S
 
 
 def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]], int]:
-    """Runs training and returns the metrics and row length of every step, and the number of compilations."""
+    """Runs training and returns the metrics and the shape of every step, and the number of compilations."""
     mesh = make_mesh(settings.mesh, jax.devices()[:devices])
     model = open_model(settings.model, settings.prompt, mesh)
     tokenizer = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
@@ -53,7 +54,9 @@ def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]]
         for task, paths in (("ir", settings.data.ir), ("sts", settings.data.sts))
         for path in paths
     ]
-    plan = Plan([Source(d.path.stem, d.task, d.index) for d in datasets], settings.data, settings.seed)
+    sources = [Source(d.path.stem, d.task, d.index) for d in datasets]
+    group_sizes = {task.name: task.group_size for task in settings.tasks}
+    plan = Plan(sources, settings.data, settings.seed, batch_layout(settings, mesh), group_sizes)
     schedule = make_schedule(settings.optimizer, STEPS)
     optimizer = make_optimizer(settings.optimizer, schedule)
     lines = []
@@ -69,8 +72,8 @@ def run(settings: Settings, devices: int, cache) -> tuple[list[dict[str, float]]
         for step_plan, batch in batches(plan, datasets, row_sharding(mesh), start=0, stop=STEPS):
             state, metrics = steps[step_plan.task](state, np.int32(step_plan.number), batch)
             values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-            line = {"task": step_plan.task, "epoch": step_plan.epoch, "row_length": step_plan.row_length}
-            lines.append(line | values)
+            shape = (step_plan.layout.rows, step_plan.layout.row_length)
+            lines.append({"task": step_plan.task, "epoch": step_plan.epoch, "shape": shape} | values)
     return lines, sum(step._cache_size() for step in steps.values())
 
 
@@ -81,7 +84,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_device(golden, cache):
-    """The steps on a single device, by group size."""
+    """The steps on a single device, with one text per row, by group size."""
     return {size: run(make_settings(golden, 1, size), 1, cache)[0] for size in (None, 2)}
 
 
@@ -116,17 +119,43 @@ def test_steps_do_not_depend_on_devices_or_chunks(devices, chunks, group_size, m
     assert_close(actual, expected, rtol=5e-4)
 
 
+@pytest.mark.parametrize(
+    ("devices", "chunks", "group_size", "mesh"),
+    [
+        (1, 1, None, {}),
+        pytest.param(1, 4, 2, {}, marks=pytest.mark.slow),
+        pytest.param(4, 1, None, {}, marks=pytest.mark.slow),
+        (4, 2, None, {"fsdp": 2}),
+        pytest.param(4, 4, 2, {}, marks=pytest.mark.slow),
+        pytest.param(8, 1, None, {}, marks=pytest.mark.slow),
+        (8, 2, 2, {"fsdp": 2, "tensor": 2}),
+        pytest.param(8, 4, None, {"fsdp": 8}, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: json.dumps(value).replace('"', ""),
+)
+def test_steps_do_not_depend_on_packing(devices, chunks, group_size, mesh, golden, cache, one_device):
+    actual, _ = run(make_settings(golden, chunks, group_size, packing=True, **mesh), devices, cache)
+    expected = one_device[group_size]
+    assert [line["task"] for line in actual] == [line["task"] for line in expected]
+    assert {line["shape"][1] for line in actual} == {64}
+    # Several texts share a row: there are fewer rows than the 48 texts of an IR batch and the 32 of an STS batch.
+    shards = devices // mesh.get("tensor", 1)
+    assert all(line["shape"][0] * shards < {"ir": 48, "sts": 32}[line["task"]] for line in actual) or chunks > 1
+    assert_close(actual, expected, rtol=5e-4)
+
+
 def test_smaller_groups_reduce_the_loss(one_device):
     whole, grouped = (next(line["loss"] for line in one_device[size] if line["task"] == "ir") for size in (None, 2))
     assert grouped < 0.9 * whole  # there are fewer candidates
 
 
-def test_compiles_once_per_task_and_shape(golden, cache):
-    settings = make_settings(golden, 1, None)
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiles_once_per_task_and_shape(packing, golden, cache):
+    settings = make_settings(golden, 1, None, packing=packing)
     # Small batches of texts with various lengths have several shapes per task.
     data = settings.data.model_copy(update={"ir_global_batch_size": 2, "sts_global_batch_size": 4})
     lines, compilations = run(settings.model_copy(update={"data": data}), 1, cache)
-    seen = {(line["task"], line["row_length"]) for line in lines}
+    seen = {(line["task"], *line["shape"]) for line in lines}
     assert compilations == len(seen)
     assert len(seen) > 2
     assert len(seen) < len(lines)
@@ -147,17 +176,23 @@ def bert(golden, tmp_path_factory):
     return folder
 
 
-def make_dropout_settings(golden, bert, chunks: int, **mesh: int) -> Settings:
-    settings = make_settings(golden, chunks, None, **mesh)
+def make_dropout_settings(golden, bert, chunks: int, packing: bool = False, **mesh: int) -> Settings:
+    settings = make_settings(golden, chunks, None, packing, **mesh)
     changes = {"path": str(bert), "pooling": "cls", "projection_dim": 24}
     return settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
 
 
 @pytest.mark.slow
-def test_dropout_and_projection_do_not_depend_on_devices_or_chunks(golden, cache, bert):
+def test_dropout_and_projection_do_not_depend_on_devices_chunks_or_packing(golden, cache, bert):
     expected, _ = run(make_dropout_settings(golden, bert, 1), 1, cache)
-    for devices, chunks, mesh in ((4, 2, {}), (8, 1, {"fsdp": 2, "tensor": 2})):
-        actual, _ = run(make_dropout_settings(golden, bert, chunks, **mesh), devices, cache)
+    for devices, chunks, packing, mesh in (
+        (4, 2, False, {}),
+        (8, 1, False, {"fsdp": 2, "tensor": 2}),
+        (1, 1, True, {}),
+        (4, 2, True, {}),
+        (8, 4, True, {"fsdp": 2, "tensor": 2}),
+    ):
+        actual, _ = run(make_dropout_settings(golden, bert, chunks, packing, **mesh), devices, cache)
         assert_close(actual, expected, rtol=1e-3)
 
 

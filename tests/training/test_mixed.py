@@ -19,6 +19,7 @@ import codiemb_jax
 from codiemb_jax.batch import Batch
 from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import Settings
+from codiemb_jax.data.layout import PaddedLayout
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
@@ -29,6 +30,7 @@ from codiemb_jax.objectives.groups import Examples, Groups
 from codiemb_jax.objectives.registry import OBJECTIVES
 from codiemb_jax.sharding import make_mesh, row_sharding
 from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.training.run import batch_layout
 from codiemb_jax.training.step import batch_loss
 
 TRAIN = Path(codiemb_jax.__file__).parent / "quickstart" / "data" / "train"
@@ -63,19 +65,24 @@ def make_settings(golden: Path, folder: Path, **sections) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("ir", "sts", "chunks"),
+    ("ir", "sts", "chunks", "packing"),
     [
-        ("info_nce", "codi", 1),
-        ("info_nce", "codi", 2),
-        ("info_nce", "info_nce", 1),
-        ("info_nce", "cosent", 1),
-        ("cosent", "codi", 2),
-        ("cosent", "cosent", 1),
+        ("info_nce", "codi", 1, False),
+        ("info_nce", "codi", 1, True),
+        ("info_nce", "codi", 2, False),
+        ("info_nce", "codi", 2, True),
+        ("info_nce", "info_nce", 1, False),
+        ("info_nce", "cosent", 1, False),
+        ("cosent", "codi", 2, False),
+        ("cosent", "cosent", 1, False),
+        ("cosent", "cosent", 1, True),
     ],
 )
-def test_loss_is_mean_of_device_losses(ir, sts, chunks, golden, tmp_path):
+def test_loss_is_mean_of_device_losses(ir, sts, chunks, packing, golden, tmp_path):
     objectives = {"ir": ir, "sts": sts, "sts_list_size": None}
-    settings = Settings.model_validate(make_settings(golden, tmp_path, encode_chunks=chunks, objective=objectives))
+    sections = make_settings(golden, tmp_path, encode_chunks=chunks, objective=objectives)
+    sections["data"]["packing"] = packing
+    settings = Settings.model_validate(sections)
     mesh = make_mesh(settings.mesh, jax.devices()[:4])
     model = open_model(settings.model, settings.prompt, mesh)
     tokenizer = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
@@ -86,7 +93,9 @@ def test_loss_is_mean_of_device_losses(ir, sts, chunks, golden, tmp_path):
         for path in paths
     ]
     sources = [Source(d.path.stem, d.task, d.index) for d in datasets]
-    plan = MixedPlan(sources, settings.data, settings.seed, 4)
+    plan = MixedPlan(sources, settings.data, settings.seed, batch_layout(settings, mesh))
+    # The expected losses are those of rows with one text.
+    padded_plan = MixedPlan(sources, settings.data, settings.seed, PaddedLayout(4))
     graph, objective = model.graph, settings.objective
 
     def device_loss(params: Any, batch: Batch, device: int, is_ir: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -111,8 +120,12 @@ def test_loss_is_mean_of_device_losses(ir, sts, chunks, golden, tmp_path):
         loss_fn = partial(batch_loss, graph, task="mixed", settings=settings, mesh=mesh)
         grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
         results = [
-            (step, jax.device_get(batch), jax.device_get(grad_fn(params, batch)))
-            for step, batch in batches(plan, datasets, row_sharding(mesh), start=0, stop=4)
+            (step, jax.device_get(padded_batch), jax.device_get(grad_fn(params, batch)))
+            for (step, batch), (_, padded_batch) in zip(
+                batches(plan, datasets, row_sharding(mesh), start=0, stop=4),
+                batches(padded_plan, datasets, row_sharding(mesh), start=0, stop=4),
+                strict=True,
+            )
         ]
     params = jax.device_get(params)
     for step, batch, ((loss, parts), grads) in results:
