@@ -341,7 +341,7 @@ WRONG_TYPES = {
     ("objective.temperature", "true"): "Input should be a valid number, found True",
     ("objective.mid_info_nce_threshold", "true"): "Input should be a valid number, found True",
     ("data.packing", "'true'"): "Input should be a valid boolean, found 'true'",
-    ("data.row_tokens", "1.5"): "Input should be a valid integer, got a number with a fractional part, found 1.5",
+    ("data.row_tokens", "1.5"): "Input should be a valid integer, found 1.5",
     ("data.ir_share", "'0.5'"): "Input should be a valid number, found '0.5'",
     ("model.dropout", "false"): "Input should be a valid number, found False",
     ("export", "1"): "Input should be a valid boolean, found 1",

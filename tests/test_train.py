@@ -68,7 +68,7 @@ def test_trajectory_matches_original(task, packing, golden, tmp_path):
         assert line["computed_tokens"] >= line["tokens"]
         if packing:  # equally many rows of 128 tokens on each of the eight devices
             assert line["computed_tokens"] % (8 * 128) == 0
-            assert line["computed_tokens"] < {"ir": 8 * 6, "sts": 16 * 2}[task] * 128
+            assert line["computed_tokens"] <= {"ir": 8 * 6, "sts": 16 * 2}[task] * 128
         else:  # one of the row lengths for each text
             lengths = [{"ir": 8 * 6, "sts": 16 * 2}[task] * length for length in (8, 16, 32, 64, 96, 128)]
             assert line["computed_tokens"] in lengths
