@@ -23,7 +23,8 @@ from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import read_json, write_atomically, write_json
 
 CHANGEABLE_SETTINGS = (
-    "output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat",
+    "output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat", "data.packing",
+    "data.row_tokens",
 )  # fmt: skip
 """Settings that may change when a run is continued, because they do not affect the results of its steps."""
 
