@@ -83,6 +83,9 @@ class ModelSettings(Section):
     """Hugging Face folder, checkpoint or run folder of this project, or hub id."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token attends to its whole text or only to itself and the tokens before it."""
+    attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Implementation of attention. auto: with bfloat16, the splash kernel on TPUs and cuDNN on GPUs; otherwise xla,
+    which runs everywhere. Dropout of attention weights is always computed by xla."""
     pooling: Literal["mean", "weighted_mean", "cls", "last_token"] = "mean"
     """How the tokens of a text are pooled into one embedding. mean and weighted_mean exclude the prompt unless
     prompt.include_in_pooling is set; weighted_mean weights the tokens 1, 2, 3 …; cls and last_token use the first or

@@ -82,7 +82,8 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     family = get_family(CONFIG)
     table = family.weights
-    model = Decoder(family.read_config(CONFIG), ModelSettings(path=str(folder), compute_dtype="float32"), nnx.Rngs(49))
+    settings = ModelSettings(path=str(folder), compute_dtype="float32")
+    model = Decoder(family.read_config(CONFIG), settings, "xla", nnx.Rngs(49))
     params = nnx.to_pure_dict(nnx.state(model))
     # Embeddings outweigh the layers, so even untrained outputs depend on the words of a text.
     params["embedding"] *= 4

@@ -34,6 +34,8 @@ class PaddedLayout:
 
     devices: int = 1
     """Number of devices along the data and fsdp axes of the mesh."""
+    multiple: int = 1
+    """Row lengths are multiples of this."""
 
     def __call__(self, lengths: np.ndarray, limit: int, group_size: int | None) -> BatchLayout:
         """Lays out a batch.
@@ -52,7 +54,7 @@ class PaddedLayout:
         return BatchLayout(
             order=np.arange(examples),
             text_rows=np.where(lengths > 0, text_rows, -1),
-            row_length=padded_length(int(lengths.max()), limit),
+            row_length=-(-padded_length(int(lengths.max()), limit) // self.multiple) * self.multiple,
             rows=per_device * texts,
             slots=1,
             devices=self.devices,

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from codiemb_jax.config import ModelSettings
+from codiemb_jax.models.attention import choose_backend
 from codiemb_jax.models.layers import Projection, TextModel
 from codiemb_jax.sharding import weight_shardings
 
@@ -19,8 +20,13 @@ Params = dict[str, Any]
 def abstract_model(
     model_class: Callable[..., TextModel], config: Any, settings: ModelSettings, mesh: jax.sharding.Mesh
 ) -> tuple[Any, Params]:
-    """Returns the graph of a model and its abstract parameters (shape, dtype, sharding) without allocating memory."""
-    model = nnx.eval_shape(lambda: model_class(config, settings, nnx.Rngs(0)))
+    """Returns the graph of a model and its abstract parameters (shape, dtype, sharding) without allocating memory.
+
+    Raises:
+      UserError: If the attention backend or the mesh cannot be used with the model.
+    """
+    backend = choose_backend(settings.attention_backend, mesh, settings.compute_dtype, config.kv_heads, config.head_dim)
+    model = nnx.eval_shape(lambda: model_class(config, settings, backend, nnx.Rngs(0)))
     graph, variables = nnx.split(model)
     dtype = jnp.dtype(settings.param_dtype)
     params = jax.tree.map(

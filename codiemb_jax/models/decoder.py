@@ -14,7 +14,7 @@ from flax import nnx
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
-from codiemb_jax.models.attention import Attention
+from codiemb_jax.models.attention import Attention, Backend
 from codiemb_jax.models.layers import TextModel, normal, ones, run_layers
 from codiemb_jax.models.rope import Rope, rotate, rotation
 from codiemb_jax.sharding import constrain_rows
@@ -123,11 +123,11 @@ class DecoderLayers(nnx.Module):
 class Decoder(TextModel):
     """Decoder stack that maps token ids to hidden states."""
 
-    def __init__(self, config: DecoderConfig, settings: ModelSettings, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, settings: ModelSettings, backend: Backend, rngs: nnx.Rngs):
         super().__init__(config.hidden_size, config.layers, settings, rngs)
         self.config = config
         self.embedding = normal(rngs, config.initializer_range, vocab=config.vocab_size, embed=config.hidden_size)
-        attention = Attention(settings.attention == "causal", config.attention_dropout)
+        attention = Attention(settings.attention == "causal", config.attention_dropout, backend)
         self.layers = DecoderLayers(config, attention, rngs)
         self.norm = ones(embed=config.hidden_size)
 

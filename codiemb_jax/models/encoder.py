@@ -14,7 +14,7 @@ from flax import nnx
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
-from codiemb_jax.models.attention import Attention
+from codiemb_jax.models.attention import Attention, Backend
 from codiemb_jax.models.layers import TextModel, dropout, fold_in, normal, ones, run_layers, zeros
 from codiemb_jax.sharding import constrain_rows
 
@@ -46,6 +46,14 @@ class EncoderConfig:
     hidden_dropout: float
     attention_dropout: float
     initializer_range: float
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads
 
     @property
     def max_positions(self) -> int:
@@ -137,7 +145,7 @@ def position_indices(rows: TokenRows, first_position: int) -> jax.Array:
 class Encoder(TextModel):
     """Encoder stack that maps token ids to hidden states."""
 
-    def __init__(self, config: EncoderConfig, settings: ModelSettings, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, settings: ModelSettings, backend: Backend, rngs: nnx.Rngs):
         super().__init__(config.hidden_size, config.layers, settings, rngs)
         self.config = config
         embed, std = config.hidden_size, config.initializer_range
@@ -145,7 +153,7 @@ class Encoder(TextModel):
         self.positions = normal(rngs, std, positions=config.num_position_embeddings, embed=embed)
         self.token_types = normal(rngs, std, token_types=config.token_types, embed=embed)
         self.norm, self.norm_bias = ones(embed=embed), zeros(embed=embed)
-        self.layers = EncoderLayers(config, Attention(False, config.attention_dropout), rngs)
+        self.layers = EncoderLayers(config, Attention(False, config.attention_dropout, backend), rngs)
 
     def __call__(
         self,

@@ -22,7 +22,7 @@ from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.training.log import MetricsLog
 from codiemb_jax.training.optimizer import make_optimizer
-from codiemb_jax.training.run import Run, held_out_paths
+from codiemb_jax.training.run import Run, attention_backend, held_out_paths
 from codiemb_jax.training.run_folder import HeldOutMetrics
 from codiemb_jax.training.schedule import make_schedule
 from codiemb_jax.training.state import TrainState, abstract_state, initial_state
@@ -52,6 +52,7 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
         else:
             initial = model.load(settings.seed)
             passthrough = {name: np.asarray(weight) for name, weight in model.stream_passthrough().items()}
+        Console(stderr=True).print(f"attention backend: {attention_backend(run.setup)}")
         log_overrides(settings, model)
         log_data_problems(run)
         if initial is not None:

@@ -18,6 +18,7 @@ from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Plan, Source
 from codiemb_jax.data.store import PreparedDataset, cache_folder
 from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.models.attention import ROW_MULTIPLES, Backend, choose_backend
 from codiemb_jax.objectives.registry import OBJECTIVES
 from codiemb_jax.sharding import make_mesh, row_shards
 from codiemb_jax.text.prompts import PromptTokenizer
@@ -97,7 +98,7 @@ def open_run(setup: TrainingSetup) -> Run:
     names = dataset_names([dataset.path for dataset in datasets])
     sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
     check_negatives(settings, sources)
-    layout = batch_layout(settings, setup.mesh)
+    layout = batch_layout(settings, setup.mesh, backend=attention_backend(setup))
     if settings.data.sampler == "mixed":
         plan: Plan = MixedPlan(sources, settings.data, settings.seed, layout)
     else:
@@ -114,12 +115,30 @@ def open_run(setup: TrainingSetup) -> Run:
     return Run(setup, datasets, names, plan, steps, folder, inputs)
 
 
-def batch_layout(settings: Settings, mesh: jax.sharding.Mesh) -> Layout:
-    """Returns how the texts of a batch are laid out in rows."""
-    data = settings.data
+def attention_backend(setup: TrainingSetup) -> Backend:
+    """Returns the attention backend of the model."""
+    settings, config = setup.settings.model, setup.model.config
+    return choose_backend(
+        settings.attention_backend, setup.mesh, settings.compute_dtype, config.kv_heads, config.head_dim
+    )
+
+
+def batch_layout(settings: Settings, mesh: jax.sharding.Mesh, backend: Backend = "xla") -> Layout:
+    """Returns how the texts of a batch are laid out in rows, of lengths that the attention backend can take.
+
+    Raises:
+      UserError: If data.row_tokens is a length that the backend cannot take.
+    """
+    data, multiple = settings.data, ROW_MULTIPLES.get(backend, 1)
     if not data.packing:
-        return PaddedLayout(row_shards(mesh))
-    row_length = data.row_tokens or max(data.query_max_tokens, data.passage_max_tokens)
+        return PaddedLayout(row_shards(mesh), multiple)
+    longest = max(data.query_max_tokens, data.passage_max_tokens)
+    if data.row_tokens and data.row_tokens % multiple:
+        raise UserError(
+            f"data.row_tokens: {data.row_tokens} must be a multiple of {multiple} for attention with {backend}; "
+            f"{-(-data.row_tokens // multiple) * multiple} would do"
+        )
+    row_length = data.row_tokens or -(-longest // multiple) * multiple
     return PackedLayout(row_length, row_shards(mesh), settings.encode_chunks)
 
 

@@ -1,0 +1,303 @@
+"""Benchmarks training steps against two PyTorch trainers, with the same weights and the same batches in float32.
+
+    pip install -e ".[test,benchmark]" && python benchmarks/training.py --work models/benchmark
+
+The trainers are this project with packing and with padding, sentence-transformers (MultipleNegativesRankingLoss), and a
+plain loop around a transformers model (batches padded to their longest text, AdamW). Each runs in its own process, and
+they take turns. An example is a query, a passage that answers it and a hard negative, with lengths like those of news
+stories: about 40 tokens per query, and passages of 250 on average and 1,000 at most. --equal makes all texts equally
+long. Reports tokens per second without padding: the median over all steps after the first two, and the spread.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+TEMPERATURE, LEARNING_RATE = 0.02, 1e-5
+WARMUP_STEPS = 2
+"""The first steps compile or fill caches, and are not counted. Later compilations are."""
+
+
+def write_model(folder: Path) -> None:
+    """Writes a decoder with 45 M parameters, random weights and the tokenizer of the quickstart."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+
+    import codiemb_jax
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(Path(codiemb_jax.__file__).parent / "quickstart" / "model")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=10,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048,
+    )  # fmt: skip
+    LlamaModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_data(path: Path, model: Path, examples: int, max_tokens: int, equal: bool) -> None:
+    """Writes examples whose words come from the texts of the quickstart."""
+    from transformers import AutoTokenizer
+
+    import codiemb_jax
+
+    random = np.random.default_rng(0)
+    folder = Path(codiemb_jax.__file__).parent / "quickstart" / "data" / "train" / "ir"
+    records = [json.loads(line) for line in (folder / "encyclopedia.jsonl").read_text(encoding="utf-8").splitlines()]
+    words = np.array(" ".join(positive[2] for record in records for positive in record["positives"]).split())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens_per_word = len(tokenizer(" ".join(words), verbose=False)["input_ids"]) / len(words)
+
+    def text(mean_tokens: float, sigma: float) -> str:
+        tokens = (
+            max_tokens * 1.5 if equal else np.clip(random.lognormal(np.log(mean_tokens) - sigma**2 / 2, sigma), 8, 1000)
+        )
+        return " ".join(random.choice(words, max(2, round(tokens / tokens_per_word))))
+
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(examples):
+            record = {
+                "task_type": "ir",
+                "query": ["", "", text(40, 0.5)],
+                "positives": [["", "", text(250, 0.8)]],
+                "negatives": [["", "", text(250, 0.8)]],
+            }
+            file.write(json.dumps(record) + "\n")
+
+
+def settings(options: argparse.Namespace, output: Path, packing: bool) -> dict[str, Any]:
+    config = json.loads((options.model / "config.json").read_text())
+    prompt = {"query": "", "passage": ""}
+    if config["model_type"] == "bert":
+        prompt |= {"begin": "[CLS]", "end": "[SEP]"}
+    return {
+        "output_dir": str(output),
+        "model": {
+            "path": str(options.model), "attention": "bidirectional" if config["model_type"] == "bert" else "causal",
+            "compute_dtype": "float32", "remat": "none", "dropout": 0.0,
+        },
+        "prompt": prompt | {"include_in_pooling": True},
+        "data": {
+            "ir": [str(options.work / "data.jsonl")], "ir_global_batch_size": options.queries,
+            "positives_per_query": 1, "negatives_per_query": 1,
+            "query_max_tokens": options.max_tokens, "passage_max_tokens": options.max_tokens, "packing": packing,
+        },
+        "objective": {"temperature": TEMPERATURE},
+        "optimizer": {
+            "learning_rate": LEARNING_RATE, "warmup_steps": 0, "max_steps": options.steps, "schedule": "constant",
+        },
+        "export": False,
+    }  # fmt: skip
+
+
+def batches(options: argparse.Namespace) -> Iterator[list[list[list[int]]]]:
+    """Yields the token ids of each step's queries, positives and negatives."""
+    from codiemb_jax.config import Settings
+    from codiemb_jax.training.run import open_run, open_training_model
+
+    run = open_run(open_training_model(Settings.model_validate(settings(options, options.work / "unused", False))))
+    for number in range(options.steps):
+        plan = run.plan.step(number)
+        examples = run.datasets[0].read(plan.examples)
+        yield [[example[i].ids.tolist() for example in examples] for i in range(3)]
+
+
+def run_codiemb_jax(options: argparse.Namespace, packing: bool) -> dict[str, Any]:
+    """Runs the training program and returns the metrics that it logs."""
+    import tempfile
+
+    import yaml
+
+    from codiemb_jax.train import main as train
+
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        config = Path(folder) / "settings.yaml"
+        config.write_text(yaml.safe_dump(settings(options, Path(folder) / "run", packing)))
+        train(["--config", str(config)])
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "loss": lines[0]["loss"],
+        **{name: [line[name] for line in lines] for name in ("seconds", "tokens", "computed_tokens")},
+    }
+
+
+def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs a plain PyTorch loop."""
+    import time
+
+    import torch
+    from transformers import AutoModel
+
+    steps = list(batches(options))
+    model = AutoModel.from_pretrained(options.model, dtype=torch.float32)
+    model.eval()  # without dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+
+    def embed(texts: list[list[int]]) -> tuple[torch.Tensor, int]:
+        width = max(map(len, texts))
+        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return torch.nn.functional.normalize(pooled, dim=1), ids.numel()
+
+    losses, seconds, computed = [], [], []
+    for queries, positives, negatives in steps:
+        start = time.perf_counter()
+        query, query_tokens = embed(queries)
+        passage, passage_tokens = embed(positives + negatives)
+        loss = torch.nn.functional.cross_entropy(query @ passage.T / TEMPERATURE, torch.arange(len(queries)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+        computed.append(query_tokens + passage_tokens)
+    tokens = [sum(len(text) for texts in step for text in texts) for step in steps]
+    return {"loss": losses[0], "seconds": seconds, "tokens": tokens, "computed_tokens": computed}
+
+
+def run_sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the trainer of sentence-transformers on the texts of the same batches."""
+    import tempfile
+    import time
+
+    import torch
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from torch.utils.data import BatchSampler, SequentialSampler
+    from transformers import TrainerCallback
+
+    from codiemb_jax.config import Settings
+    from codiemb_jax.training.run import open_run, open_training_model
+
+    run = open_run(open_training_model(Settings.model_validate(settings(options, options.work / "unused", False))))
+    records = [json.loads(line) for line in (options.work / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+    order = [int(i) for number in range(options.steps) for i in run.plan.step(number).examples]
+    steps = list(batches(options))
+    columns = {
+        "anchor": [records[i]["query"][2] for i in order],
+        "positive": [records[i]["positives"][0][2] for i in order],
+        "negative": [records[i]["negatives"][0][2] for i in order],
+    }
+    transformer = Transformer(str(options.model), max_seq_length=options.max_tokens, model_kwargs={"dtype": "float32"})
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension()), Normalize()], device="cpu"
+    )
+    for module in model.modules():  # without dropout
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            folder, per_device_train_batch_size=options.queries, max_steps=options.steps, learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, save_strategy="no",
+            report_to="none", use_cpu=True, disable_tqdm=True, dataloader_drop_last=True,
+            batch_sampler=lambda data, batch_size, drop_last, **_: BatchSampler(
+                SequentialSampler(data), batch_size, drop_last
+            ),
+        )  # fmt: skip
+        loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+        trainer = SentenceTransformerTrainer(
+            model, arguments, train_dataset=Dataset.from_dict(columns), loss=loss, callbacks=[Clock()]
+        )
+        trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    tokens = [sum(len(text) for texts in step for text in texts) for step in steps]
+    computed = [sum(len(texts) * max(map(len, texts)) for texts in step) for step in steps]
+    return {"loss": losses[0], "seconds": np.diff(ends).tolist(), "tokens": tokens, "computed_tokens": computed}
+
+
+TRAINERS = {
+    "codiemb_jax, packed": lambda options: run_codiemb_jax(options, packing=True),
+    "codiemb_jax, padded": lambda options: run_codiemb_jax(options, packing=False),
+    "transformers": run_transformers,
+    "sentence-transformers": run_sentence_transformers,
+}
+
+
+def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Runs a trainer in its own process."""
+    output = options.work / "result.json"
+    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--trainer", name, "--json", output], check=True)
+    return json.loads(output.read_text())
+
+
+def summarize(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns medians over the steps of all rounds, and the range of the rounds' medians."""
+    rates = [np.divide(result["tokens"], result["seconds"])[WARMUP_STEPS:] for result in rounds]
+    medians = [float(np.median(rate)) for rate in rates]
+    return {
+        "first_loss": rounds[0]["loss"],
+        "padding": 1 - sum(rounds[0]["tokens"]) / sum(rounds[0]["computed_tokens"]),
+        "tokens_per_second": float(np.median(np.concatenate(rates))),
+        "lowest_round": min(medians),
+        "highest_round": max(medians),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for the model and the data")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder (default: a random decoder)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="maximum length of a text (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=16, help="queries per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--equal", action="store_true", help="make all texts as long as --max-tokens")
+    parser.add_argument("--trainer", choices=TRAINERS, help="run only this trainer, in this process")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    options = parser.parse_args()
+    if options.model is None:
+        options.model = options.work / "decoder"
+    if options.trainer:
+        options.json.write_text(json.dumps(TRAINERS[options.trainer](options)))
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not options.model.exists():
+        write_model(options.model)
+    write_data(
+        options.work / "data.jsonl", options.model, options.queries * options.steps, options.max_tokens, options.equal
+    )
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in TRAINERS}
+    for _ in range(options.rounds):
+        for name in TRAINERS:
+            rounds[name].append(measure(options, name))
+    results = {name: summarize(results) for name, results in rounds.items()}
+    baseline = results["transformers"]
+    table = Table("trainer", "first loss", "padding", "tokens/s", "rounds", "ratio", "1/(1-p)")
+    for name, result in results.items():
+        table.add_row(
+            name, f"{result['first_loss']:.6f}", f"{result['padding']:.1%}", f"{result['tokens_per_second']:,.0f}",
+            f"{result['lowest_round']:,.0f} to {result['highest_round']:,.0f}",
+            f"{result['tokens_per_second'] / baseline['tokens_per_second']:.2f}", f"{1 / (1 - result['padding']):.2f}",
+        )  # fmt: skip
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps({"results": results, "rounds": rounds}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

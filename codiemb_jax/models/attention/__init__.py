@@ -1,0 +1,100 @@
+"""Attention within texts, with a choice of backends."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from codiemb_jax.errors import UserError
+from codiemb_jax.models.attention import cudnn, splash, xla
+
+Backend = Literal["xla", "splash", "cudnn"]
+ATTEND = {"xla": xla.attend, "splash": splash.attend, "cudnn": cudnn.attend}
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+"""The platform of each kernel; xla runs on all."""
+ROW_MULTIPLES = {"splash": 128}
+"""Row lengths must be multiples of this. Other rows are computed by xla."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention in which each token attends only to tokens of its own segment."""
+
+    causal: bool
+    """Whether a token attends only to itself and earlier tokens."""
+    dropout_rate: float = 0.0
+    backend: Backend = "xla"
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes attention. Scores and softmax are float32.
+
+        Kernels have no dropout and take only some row lengths; otherwise xla is used.
+
+        Args:
+          query: [rows, heads, tokens, head_dim].
+          key: [rows, kv_heads, tokens, head_dim], where kv_heads divides heads (grouped-query attention).
+          value: [rows, kv_heads, tokens, head_dim].
+          segment_ids: int [rows, tokens].
+          positions: int [rows, tokens], the position of each token in its text.
+          dropout_keys: One random key per token, [rows, tokens]; None disables dropout.
+
+        Returns:
+          [rows, heads, tokens, head_dim] in the dtype of `value`.
+        """
+        if dropout_keys is not None and self.dropout_rate > 0:
+            return xla.attend_with_dropout(
+                query, key, value, segment_ids, positions, dropout_keys, causal=self.causal, rate=self.dropout_rate
+            )
+        fits = query.shape[2] % ROW_MULTIPLES.get(self.backend, 1) == 0
+        attend = ATTEND[self.backend if fits else "xla"]
+        return attend(query, key, value, segment_ids, causal=self.causal)
+
+
+def choose_backend(
+    setting: Literal["auto", "xla", "splash", "cudnn"],
+    mesh: jax.sharding.Mesh,
+    compute_dtype: str,
+    kv_heads: int,
+    head_dim: int,
+) -> Backend:
+    """Returns the attention backend of a model: the one in the settings, or with `auto` the best that can run it.
+
+    Args:
+      setting: The setting `model.attention_backend`.
+      mesh: The device mesh.
+      compute_dtype: The dtype of queries, keys and values.
+      kv_heads: Number of key heads.
+      head_dim: Size of a head.
+
+    Raises:
+      UserError: If the backend in the settings cannot run the model on these devices.
+    """
+    platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+    problems: dict[str, list[str]] = {"xla": []}
+    for backend, needed in PLATFORMS.items():
+        problems[backend] = [
+            problem
+            for problem, applies in {
+                f"it needs a {needed.upper()}, and the devices are {platform.upper()}s": platform != needed,
+                "it computes in bfloat16: set model.compute_dtype to bfloat16": compute_dtype != "bfloat16",
+                f"mesh.tensor {tensor} must divide the number of key heads, {kv_heads}": kv_heads % tensor,
+                f"head sizes must be multiples of 8 up to 128, this one is {head_dim}": backend == "cudnn"
+                and (head_dim % 8 or head_dim > 128),
+            }.items()
+            if applies
+        ]
+    if setting == "auto":
+        return next(backend for backend in ("splash", "cudnn", "xla") if not problems[backend])
+    if problems[setting]:
+        raise UserError(
+            f"model.attention_backend: {setting} cannot be used: {'; '.join(problems[setting])}; auto or xla would work"
+        )
+    return setting
