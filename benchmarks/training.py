@@ -82,7 +82,7 @@ def settings(options: argparse.Namespace, output: Path, packing: bool) -> dict[s
         "output_dir": str(output),
         "model": {
             "path": str(options.model), "attention": "bidirectional" if config["model_type"] == "bert" else "causal",
-            "compute_dtype": "float32", "remat": "none", "dropout": 0.0,
+            "compute_dtype": "float32", "dropout": 0.0,
         },
         "prompt": prompt | {"include_in_pooling": True},
         "data": {

@@ -100,9 +100,9 @@ class ModelSettings(Section):
     """dtype of activations and matrix products. On a CPU, the default is float32."""
     param_dtype: Literal["bfloat16", "float32"] = "float32"
     """dtype of the master weights and of the optimizer's moments."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, everything except products with weight matrices (dots), or whole
-    layers."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What the backward pass recomputes: nothing, everything except attention and products with weight matrices (dots),
+    or whole layers."""
 
 
 class PromptSettings(Section):

@@ -15,7 +15,7 @@ from flax import nnx
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
 from codiemb_jax.models.attention import Attention, Backend
-from codiemb_jax.models.layers import TextModel, normal, ones, run_layers
+from codiemb_jax.models.layers import TextModel, linear, normal, ones, run_layers
 from codiemb_jax.models.rope import Rope, rotate, rotation
 from codiemb_jax.sharding import constrain_rows
 
@@ -95,10 +95,10 @@ class DecoderLayers(nnx.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         attended = self.attention(query, key, value, segment_ids, positions, dropout_keys)
         attended = attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
-        x = x + scale * (attended @ self.o[...].astype(x.dtype))
+        x = x + scale * (linear(attended, self.o[...].astype(x.dtype)))
         h = rms_norm(x, self.mlp_norm[...], eps)
         gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
-        return constrain_rows(x + scale * ((jax.nn.silu(h @ gate) * (h @ up)) @ down))
+        return constrain_rows(x + scale * linear(jax.nn.silu(linear(h, gate)) * linear(h, up), down))
 
     def _query_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Computes query, key and value before the rotation.
@@ -110,7 +110,7 @@ class DecoderLayers(nnx.Module):
         config = self.config
 
         def project(weight: nnx.Param) -> jax.Array:
-            heads = (x @ weight[...].astype(x.dtype)).reshape(rows, tokens, -1, config.head_dim)
+            heads = linear(x, weight[...].astype(x.dtype)).reshape(rows, tokens, -1, config.head_dim)
             return heads.transpose(0, 2, 1, 3)  # heads before tokens is fastest on CPUs
 
         query, key, value = project(self.q), project(self.k), project(self.v)

@@ -15,7 +15,7 @@ from flax import nnx
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
 from codiemb_jax.models.attention import Attention, Backend
-from codiemb_jax.models.layers import TextModel, dropout, fold_in, normal, ones, run_layers, zeros
+from codiemb_jax.models.layers import TextModel, dropout, fold_in, linear, normal, ones, run_layers, zeros
 from codiemb_jax.sharding import constrain_rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -75,8 +75,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def _linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
-    return x @ weight[...].astype(x.dtype) + bias[...].astype(x.dtype)
+def _affine(x: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
+    return linear(x, weight[...].astype(x.dtype)) + bias[...].astype(x.dtype)
 
 
 class EncoderLayers(nnx.Module):
@@ -108,8 +108,8 @@ class EncoderLayers(nnx.Module):
         h = self._attention(x, segment_ids, positions, fold_in(keys, 0))
         h = dropout(h, config.hidden_dropout, fold_in(keys, 1))
         x = layer_norm(x + h, self.attention_norm[...], self.attention_norm_bias[...], config.norm_eps)
-        h = ACTIVATIONS[config.activation](_linear(x, self.up, self.up_bias))
-        h = dropout(_linear(h, self.down, self.down_bias), config.hidden_dropout, fold_in(keys, 2))
+        h = ACTIVATIONS[config.activation](_affine(x, self.up, self.up_bias))
+        h = dropout(_affine(h, self.down, self.down_bias), config.hidden_dropout, fold_in(keys, 2))
         return constrain_rows(layer_norm(x + h, self.mlp_norm[...], self.mlp_norm_bias[...], config.norm_eps))
 
     def _attention(
@@ -118,11 +118,11 @@ class EncoderLayers(nnx.Module):
         rows, tokens, _ = x.shape
 
         def project(weight: nnx.Param, bias: nnx.Param) -> jax.Array:  # [rows, heads, tokens, head_dim]
-            return _linear(x, weight, bias).reshape(rows, tokens, self.config.heads, -1).transpose(0, 2, 1, 3)
+            return _affine(x, weight, bias).reshape(rows, tokens, self.config.heads, -1).transpose(0, 2, 1, 3)
 
         query, key, value = project(self.q, self.q_bias), project(self.k, self.k_bias), project(self.v, self.v_bias)
         attended = self.attention(query, key, value, segment_ids, positions, dropout_keys)
-        return _linear(attended.transpose(0, 2, 1, 3).reshape(rows, tokens, -1), self.o, self.o_bias)
+        return _affine(attended.transpose(0, 2, 1, 3).reshape(rows, tokens, -1), self.o, self.o_bias)
 
 
 def position_indices(rows: TokenRows, first_position: int) -> jax.Array:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.config import ModelSettings
+from codiemb_jax.models.attention.saved import SAVED
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -23,6 +24,33 @@ def ones(**axes: int) -> nnx.Param:
 
 def zeros(**axes: int) -> nnx.Param:
     return nnx.Param(jnp.zeros(tuple(axes.values()), jnp.float32), axes=tuple(axes))
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns x @ weight, for x of [rows, tokens, inputs] and weight of [inputs, outputs] in the same dtype.
+
+    The gradient of the weight is a product over all tokens. On CPUs, XLA transposes its left operand, in the same loop
+    that computes it, which is slow for large operands. Therefore the smaller operand is on the left.
+    """
+    return x @ weight
+
+
+def _linear_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ weight, (x, weight)
+
+
+def _linear_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    over_tokens = (((0, 1), (0, 1)), ((), ()))
+    if x.shape[-1] <= gradient.shape[-1]:
+        d_weight = jax.lax.dot_general(x, gradient, over_tokens)
+    else:
+        d_weight = jax.lax.dot_general(gradient, x, over_tokens).T
+    return jnp.einsum("rto,io->rti", gradient, weight), d_weight
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Projection(nnx.Module):
@@ -116,8 +144,11 @@ def apply_remat(body: Callable, remat: str) -> Callable:
     """Wraps the body of a scan so that its backward pass rematerializes as `remat` (none, dots, full) specifies."""
     if remat == "none":
         return body
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    policies = jax.checkpoint_policies
+    save = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    )
+    return jax.checkpoint(body, policy=save if remat == "dots" else None, prevent_cse=False)
 
 
 def fold_in(keys: jax.Array | None, number: int | jax.Array) -> jax.Array | None:

@@ -1,17 +1,37 @@
 """Attention within texts, with a choice of backends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
+from jax.sharding import PartitionSpec
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.models.attention import cudnn, splash, xla
+from codiemb_jax.models.attention import cudnn, splash, xla, xla_cpu
+from codiemb_jax.sharding import ROW_AXES
 
-Backend = Literal["xla", "splash", "cudnn"]
-ATTEND = {"xla": xla.attend, "splash": splash.attend, "cudnn": cudnn.attend}
-PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
-"""The platform of each kernel; xla runs on all."""
+Backend = Literal["xla", "xla_cpu", "splash", "cudnn"]
+
+
+def _on_each_device(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Calls `attend` for the rows and heads of each device, for kernels that cannot be partitioned automatically."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(*arrays)
+    heads = PartitionSpec(ROW_AXES, "tensor")
+    in_specs = (heads, heads, heads, PartitionSpec(ROW_AXES))
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=heads, check_vma=False)(*arrays)
+
+
+ATTEND: dict[Backend, Callable[..., jax.Array]] = {
+    "xla": lambda *arrays, causal: xla.attend(*arrays, causal=causal),
+    "xla_cpu": lambda *arrays, causal: _on_each_device(partial(xla_cpu.attend, causal=causal), *arrays),
+    "splash": lambda *arrays, causal: _on_each_device(partial(splash.attend, causal=causal), *arrays),
+    "cudnn": lambda *arrays, causal: cudnn.attend(*arrays, causal=causal),
+}
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "xla_cpu": "cpu"}
+"""The platform that a backend needs; xla runs on all."""
 ROW_MULTIPLES = {"splash": 128}
 """Row lengths must be multiples of this. Other rows are computed by xla."""
 
@@ -59,13 +79,15 @@ class Attention:
 
 
 def choose_backend(
-    setting: Literal["auto", "xla", "splash", "cudnn"],
+    setting: str,
     mesh: jax.sharding.Mesh,
     compute_dtype: str,
     kv_heads: int,
     head_dim: int,
 ) -> Backend:
     """Returns the attention backend of a model: the one in the settings, or with `auto` the best that can run it.
+
+    xla on a CPU is xla_cpu if possible.
 
     Args:
       setting: The setting `model.attention_backend`.
@@ -84,17 +106,23 @@ def choose_backend(
             problem
             for problem, applies in {
                 f"it needs a {needed.upper()}, and the devices are {platform.upper()}s": platform != needed,
-                "it computes in bfloat16: set model.compute_dtype to bfloat16": compute_dtype != "bfloat16",
+                "it computes in bfloat16: set model.compute_dtype to bfloat16": backend != "xla_cpu"
+                and compute_dtype != "bfloat16",
                 f"mesh.tensor {tensor} must divide the number of key heads, {kv_heads}": kv_heads % tensor,
                 f"head sizes must be multiples of 8 up to 128, this one is {head_dim}": backend == "cudnn"
                 and (head_dim % 8 or head_dim > 128),
             }.items()
             if applies
         ]
-    if setting == "auto":
-        return next(backend for backend in ("splash", "cudnn", "xla") if not problems[backend])
-    if problems[setting]:
-        raise UserError(
-            f"model.attention_backend: {setting} cannot be used: {'; '.join(problems[setting])}; auto or xla would work"
-        )
-    return setting
+    candidates: dict[str, tuple[Backend, ...]] = {
+        "auto": ("splash", "cudnn", "xla_cpu", "xla"),
+        "xla": ("xla_cpu", "xla"),
+        "splash": ("splash",),
+        "cudnn": ("cudnn",),
+    }
+    for backend in candidates[setting]:
+        if not problems[backend]:
+            return backend
+    raise UserError(
+        f"model.attention_backend: {setting} cannot be used: {'; '.join(problems[setting])}; auto or xla would work"
+    )

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
-from codiemb_jax.sharding import ROW_AXES
+from codiemb_jax.models.attention.saved import SAVED
 
 BLOCK_SIZES = (512, 384, 256, 128)
 
@@ -23,27 +22,13 @@ def attend(
     interpret: bool = False,
 ) -> jax.Array:
     """Computes attention, see `Attention`. `interpret` runs the kernel on a CPU, for tests."""
+    _, heads, tokens, head_dim = query.shape
+    run = make_kernel(heads, tokens, causal, interpret)
 
-    def attend_on_device(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        _, heads, tokens, head_dim = query.shape
-        run = make_kernel(heads, tokens, causal, interpret)
+    def attend_row(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+        return run(query * head_dim**-0.5, key, value, segment_ids=kernel.SegmentIds(segments, segments))
 
-        def attend_row(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-            return run(query * head_dim**-0.5, key, value, segment_ids=kernel.SegmentIds(segments, segments))
-
-        return jax.vmap(attend_row)(query, key, value, segment_ids)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return attend_on_device(query, key, value, segment_ids)
-    heads_spec = PartitionSpec(ROW_AXES, "tensor")
-    # The kernel cannot be partitioned automatically.
-    return jax.shard_map(
-        attend_on_device,
-        in_specs=(heads_spec, heads_spec, heads_spec, PartitionSpec(ROW_AXES)),
-        out_specs=heads_spec,
-        check_vma=False,
-    )(query, key, value, segment_ids)
+    return jax.vmap(attend_row)(query, key, value, segment_ids)
 
 
 @lru_cache
@@ -58,5 +43,10 @@ def make_kernel(heads: int, tokens: int, causal: bool, interpret: bool) -> Any:
     # The mask is an array; it must not be a tracer of the function that happens to call this first.
     with jax.ensure_compile_time_eval():
         return kernel.make_splash_mha(
-            masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=SAVED,
+            interpret=interpret,
         )
