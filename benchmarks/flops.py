@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of a traced JAX function, with the bodies of loops counted as often as they run."""
+"""Counts the floating-point operations of a traced JAX function, and those of loops as often as they run."""
 
 import math
 from typing import Any
