@@ -94,7 +94,8 @@ def test_trajectory_of_pretrained_encoder_matches_original(task, packing, golden
     assert len(lines) == len(expected) == 4
     for line, golden_line in zip(lines, expected, strict=True):
         assert line["learning_rate"] == pytest.approx(golden_line["lr"], rel=1e-6)
-        assert line["loss"] == pytest.approx(golden_line["loss"], rel=5e-4)
+        # The loss falls to 0.002, from scores of about 50, where float32 numbers are 4e-6 apart.
+        assert line["loss"] == pytest.approx(golden_line["loss"], rel=5e-4, abs=2e-6)
         assert line["grad_norm"] == pytest.approx(golden_line["grad_norm"], rel=1e-3)
 
 
