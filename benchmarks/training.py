@@ -6,7 +6,8 @@ The trainers are this project with packing and with padding, sentence-transforme
 plain loop around a transformers model (batches padded to their longest text, AdamW). Each runs in its own process, and
 they take turns. An example is a query, a passage that answers it and a hard negative, with lengths like those of news
 stories: about 40 tokens per query, and passages of 250 on average and 1,000 at most. --equal makes all texts equally
-long. Reports tokens per second without padding: the median over all steps after the first two, and the spread.
+long. Reports tokens per second without padding: the median over the steps, and the spread over rounds. The first two
+steps, and those that compile, are not counted.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from rich.table import Table
 
 TEMPERATURE, LEARNING_RATE = 0.02, 1e-5
 WARMUP_STEPS = 2
-"""The first steps compile or fill caches, and are not counted. Later compilations are."""
+"""The first steps fill caches, and are not counted."""
 
 
 def write_model(folder: Path) -> None:
@@ -245,9 +246,18 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
+def _counted_steps(computed_tokens: list[int]) -> np.ndarray:
+    """Returns which steps count: those after the first two whose shape has been seen before."""
+    seen = [number in computed_tokens[:step] for step, number in enumerate(computed_tokens)]
+    is_bucketed = any(seen)  # PyTorch does not compile, and its shapes hardly ever repeat
+    return np.array([step >= WARMUP_STEPS and (seen[step] or not is_bucketed) for step in range(len(seen))])
+
+
 def summarize(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Returns medians over the steps of all rounds, and the range of the rounds' medians."""
-    rates = [np.divide(result["tokens"], result["seconds"])[WARMUP_STEPS:] for result in rounds]
+    rates = [
+        np.divide(result["tokens"], result["seconds"])[_counted_steps(result["computed_tokens"])] for result in rounds
+    ]
     medians = [float(np.median(rate)) for rate in rates]
     return {
         "first_loss": rounds[0]["loss"],

@@ -23,13 +23,14 @@ seed: 49
 model:
   path: folder
   attention: bidirectional
+  attention_backend: auto
   pooling: mean
   normalize: true
   projection_dim: null
   dropout: null
   compute_dtype: bfloat16
   param_dtype: float32
-  remat: full
+  remat: dots
 prompt:
   begin: ""
   query: "Instruction: {instruction} Query: "

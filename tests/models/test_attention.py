@@ -58,7 +58,14 @@ def random_inputs(rows: int, heads: int, kv_heads: int, tokens: int, head_dim: i
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(
-    ("backend", "tokens"), [("xla", 100), ("xla", 1100), ("xla_cpu", 100), ("xla_cpu", 300), ("splash", 256)]
+    ("backend", "tokens"),
+    [
+        ("xla", 100),
+        pytest.param("xla", 1100, marks=pytest.mark.slow),
+        ("xla_cpu", 100),
+        ("xla_cpu", 300),
+        ("splash", 256),
+    ],
 )
 def test_attention_and_gradients_match_numpy(backend, tokens, kv_heads, causal):
     query, key, value, segment_ids, upstream = random_inputs(2, 4, kv_heads, tokens, 64)
