@@ -561,12 +561,10 @@ def test_deeply_nested_file_raises_user_error(error_lines):
 
 
 def test_removed_settings_are_unknown(error_lines):
-    assert error_lines(MINIMAL.replace("data:", "  attention_backend: auto\ndata:") + "distributed: {}\n")[1:] == [
-        "  FILE:4: model.attention_backend: unknown setting",
-        "  FILE:7: distributed: unknown setting",
+    assert error_lines(MINIMAL + "distributed: {}\n")[1:] == ["  FILE:6: distributed: unknown setting"]
+    assert error_lines(MINIMAL, "--distributed.coordinator", "auto") == [
+        "unrecognized arguments: --distributed.coordinator auto"
     ]
-    for name in ("model.attention_backend", "distributed.coordinator"):
-        assert error_lines(MINIMAL, f"--{name}", "auto") == [f"unrecognized arguments: --{name} auto"]
 
 
 SINGLE_PROBLEMS = {

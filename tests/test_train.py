@@ -74,7 +74,7 @@ def test_trajectory_matches_original(task, packing, golden, tmp_path):
             assert line["computed_tokens"] in lengths
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("task", ["ir", "sts"])
 def test_trajectory_of_pretrained_encoder_matches_original(task, packing, golden, minilm, tmp_path):
     name = {"ir": "small_news", "sts": "small_questions"}[task]

@@ -83,7 +83,7 @@ def test_attention_and_gradients_match_numpy(backend, tokens, kv_heads, causal):
 @pytest.mark.parametrize("backend", ["xla", "xla_cpu", "splash"])
 def test_attention_on_a_mesh_matches_numpy(backend, monkeypatch):
     monkeypatch.setattr(splash, "attend", partial(splash.attend, interpret=True))
-    query, key, value, segment_ids, upstream = random_inputs(4, 4, 2, 128, 64)
+    query, key, value, segment_ids, upstream = random_inputs(4, 4, 2, 256, 64)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=jax.devices()[:8])
     with jax.set_mesh(mesh):
         actual = jax.jit(partial(ATTEND[backend], causal=False))(query, key, value, jnp.asarray(segment_ids))

@@ -68,14 +68,14 @@ def make_settings(golden: Path, folder: Path, **sections) -> dict:
     ("ir", "sts", "chunks", "packing"),
     [
         ("info_nce", "codi", 1, False),
-        ("info_nce", "codi", 1, True),
+        pytest.param("info_nce", "codi", 1, True, marks=pytest.mark.slow),
         ("info_nce", "codi", 2, False),
         ("info_nce", "codi", 2, True),
         ("info_nce", "info_nce", 1, False),
         ("info_nce", "cosent", 1, False),
         ("cosent", "codi", 2, False),
         ("cosent", "cosent", 1, False),
-        ("cosent", "cosent", 1, True),
+        pytest.param("cosent", "cosent", 1, True, marks=pytest.mark.slow),
     ],
 )
 def test_loss_is_mean_of_device_losses(ir, sts, chunks, packing, golden, tmp_path):

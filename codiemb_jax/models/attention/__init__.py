@@ -24,9 +24,15 @@ def _on_each_device(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax
     return jax.shard_map(attend, in_specs=in_specs, out_specs=heads, check_vma=False)(*arrays)
 
 
+def _attend_on_cpu(*arrays: jax.Array, causal: bool) -> jax.Array:
+    if arrays[0].shape[2] <= xla_cpu.BLOCK_TOKENS:  # not much slower in one piece, and compiled much faster
+        return xla.attend(*arrays, causal=causal)
+    return _on_each_device(partial(xla_cpu.attend, causal=causal), *arrays)
+
+
 ATTEND: dict[Backend, Callable[..., jax.Array]] = {
     "xla": lambda *arrays, causal: xla.attend(*arrays, causal=causal),
-    "xla_cpu": lambda *arrays, causal: _on_each_device(partial(xla_cpu.attend, causal=causal), *arrays),
+    "xla_cpu": _attend_on_cpu,
     "splash": lambda *arrays, causal: _on_each_device(partial(splash.attend, causal=causal), *arrays),
     "cudnn": lambda *arrays, causal: cudnn.attend(*arrays, causal=causal),
 }
