@@ -50,8 +50,11 @@ def padded_length(longest: int, limit: int) -> int:
 
 
 def padded_count(count: int, multiple: int) -> int:
-    """Rounds a number of rows up by at most 1/32, or to the next multiple, so that there are few different numbers."""
-    step = max(1, 2 ** (count.bit_length() - 6))
+    """Rounds a number of rows up, by less than its square root and `multiple`, so that there are few different numbers.
+
+    Between batches, the number varies by about its square root.
+    """
+    step = 2 ** max(0, (count.bit_length() - 3) // 2)
     step = -(-step // multiple) * multiple
     return -(-count // step) * step
 

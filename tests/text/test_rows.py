@@ -102,14 +102,15 @@ def test_packing_of_real_lengths_leaves_little_padding():
 
 
 @given(count=st.integers(1, 10**6), multiple=st.integers(1, 64))
-def test_padded_count_adds_at_most_a_thirty_second_or_a_multiple(count, multiple):
+def test_padded_count_adds_less_than_the_square_root_and_a_multiple(count, multiple):
     padded = padded_count(count, multiple)
     assert padded % multiple == 0
-    assert count <= padded < count + max(count / 32 + multiple, 1)
+    assert count <= padded < count + count**0.5 + multiple
 
 
 def test_there_are_few_padded_counts():
-    assert len({padded_count(count, 1) for count in range(1000, 1101)}) <= 8
+    assert {padded_count(count, 1) for count in range(25, 39)} == {26, 28, 30, 32, 34, 36, 38}
+    assert {padded_count(count, 1) for count in range(1030, 1090)} == {1040, 1056, 1072, 1088, 1104}
 
 
 @given(limit=st.integers(1, 4096), data=st.data())
