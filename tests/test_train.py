@@ -601,7 +601,7 @@ def test_user_error_exits_with_code_2_and_one_message(tmp_path, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trajectory_in_chunks_matches_original(packing, golden, tmp_path):
     data = {"ir": [str(golden / IR)], "ir_global_batch_size": 8, "packing": packing}
     expected = json.loads((golden / "trajectory_ir.json").read_text())

@@ -69,7 +69,7 @@ def make_settings(golden: Path, folder: Path, **sections) -> dict:
     [
         ("info_nce", "codi", 1, False),
         pytest.param("info_nce", "codi", 1, True, marks=pytest.mark.slow),
-        ("info_nce", "codi", 2, False),
+        pytest.param("info_nce", "codi", 2, False, marks=pytest.mark.slow),
         ("info_nce", "codi", 2, True),
         ("info_nce", "info_nce", 1, False),
         ("info_nce", "cosent", 1, False),
