@@ -99,8 +99,8 @@ def settings(options: argparse.Namespace, output: Path, packing: bool) -> dict[s
     }  # fmt: skip
 
 
-def batches(options: argparse.Namespace) -> Iterator[list[list[list[int]]]]:
-    """Yields the token ids of each step's queries, positives and negatives."""
+def batches(options: argparse.Namespace) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
+    """Yields the examples of each step, and the token ids of their queries, positives and negatives."""
     from codiemb_jax.config import Settings
     from codiemb_jax.training.run import open_run, open_training_model
 
@@ -108,7 +108,7 @@ def batches(options: argparse.Namespace) -> Iterator[list[list[list[int]]]]:
     for number in range(options.steps):
         plan = run.plan.step(number)
         examples = run.datasets[0].read(plan.examples)
-        yield [[example[i].ids.tolist() for example in examples] for i in range(3)]
+        yield plan.examples.tolist(), [[example[i].ids.tolist() for example in examples] for i in range(3)]
 
 
 def run_codiemb_jax(options: argparse.Namespace, packing: bool) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModel
 
-    steps = list(batches(options))
+    steps = [texts for _, texts in batches(options)]
     model = AutoModel.from_pretrained(options.model, dtype=torch.float32)
     model.eval()  # without dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -183,13 +183,9 @@ def run_sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
     from torch.utils.data import BatchSampler, SequentialSampler
     from transformers import TrainerCallback
 
-    from codiemb_jax.config import Settings
-    from codiemb_jax.training.run import open_run, open_training_model
-
-    run = open_run(open_training_model(Settings.model_validate(settings(options, options.work / "unused", False))))
     records = [json.loads(line) for line in (options.work / "data.jsonl").read_text(encoding="utf-8").splitlines()]
-    order = [int(i) for number in range(options.steps) for i in run.plan.step(number).examples]
-    steps = list(batches(options))
+    planned = list(batches(options))
+    order, steps = [i for examples, _ in planned for i in examples], [texts for _, texts in planned]
     columns = {
         "anchor": [records[i]["query"][2] for i in order],
         "positive": [records[i]["positives"][0][2] for i in order],

@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import AxisType
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.models.attention import ATTEND, choose_backend, splash, xla, xla_cpu
+from codiemb_jax.models.attention import ATTEND, choose_backend, cudnn, splash, xla, xla_cpu
 
 BACKENDS = {
     "xla": xla.attend,
     "xla_cpu": lambda *arrays, causal: xla_cpu.attend(*arrays, causal),
     "splash": partial(splash.attend, interpret=True),
+    "cudnn": partial(cudnn.attend, implementation="xla"),  # layouts and masks, but not the kernel
 }
 
 
@@ -65,6 +66,7 @@ def random_inputs(rows: int, heads: int, kv_heads: int, tokens: int, head_dim: i
         ("xla_cpu", 100),
         ("xla_cpu", 300),
         ("splash", 256),
+        ("cudnn", 100),
     ],
 )
 def test_attention_and_gradients_match_numpy(backend, tokens, kv_heads, causal):
