@@ -242,17 +242,24 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
-def _counted_steps(computed_tokens: list[int]) -> np.ndarray:
-    """Returns which steps count: those after the first two whose shape has been seen before."""
-    seen = [number in computed_tokens[:step] for step, number in enumerate(computed_tokens)]
-    is_bucketed = any(seen)  # PyTorch does not compile, and its shapes hardly ever repeat
-    return np.array([step >= WARMUP_STEPS and (seen[step] or not is_bucketed) for step in range(len(seen))])
+def _counted_steps(computed_tokens: list[int], compiles: bool) -> list[int]:
+    """Returns the steps that count: those after the first two that do not compile, because their shape is not new."""
+    steps = [
+        step
+        for step, number in enumerate(computed_tokens)
+        if step >= WARMUP_STEPS and not (compiles and number not in computed_tokens[:step])
+    ]
+    if not steps:
+        sys.exit("every step compiled, so there is nothing to measure; raise --steps")
+    return steps
 
 
-def summarize(rounds: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(name: str, rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Returns medians over the steps of all rounds, and the range of the rounds' medians."""
+    compiles = name.startswith("codiemb_jax")
     rates = [
-        np.divide(result["tokens"], result["seconds"])[_counted_steps(result["computed_tokens"])] for result in rounds
+        np.divide(result["tokens"], result["seconds"])[_counted_steps(result["computed_tokens"], compiles)]
+        for result in rounds
     ]
     medians = [float(np.median(rate)) for rate in rates]
     return {
@@ -291,7 +298,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in TRAINERS:
             rounds[name].append(measure(options, name))
-    results = {name: summarize(results) for name, results in rounds.items()}
+    results = {name: summarize(name, results) for name, results in rounds.items()}
     baseline = results["transformers"]
     table = Table("trainer", "first loss", "padding", "tokens/s", "rounds", "ratio", "1/(1-p)")
     for name, result in results.items():
