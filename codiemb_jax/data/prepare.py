@@ -25,7 +25,7 @@ from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Record, Triple, read_records
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the fingerprint. Increment it when the stored format changes."""
 
 BATCH_SIZE = 256
@@ -144,6 +144,7 @@ class _DatasetWriter:
         self._score: list[float] = []
         self._positives: list[int] = []
         self._lengths: list[np.ndarray] = []
+        self._hashes: list[int] = []
 
     def write(self, folder: Path) -> None:
         """Writes the dataset and finally its index."""
@@ -201,6 +202,7 @@ class _DatasetWriter:
         self._score.append(score)
         self._positives.append(len(record.positives))
         self._lengths.append(lengths)
+        self._hashes += [triple.hash() for triple in (*record.positives, *record.negatives)]
         return {
             "line": record.line,
             "tokens": np.concatenate([text.ids for text in texts]),
@@ -223,6 +225,7 @@ class _DatasetWriter:
             negatives=(passages - positives).astype(np.int32),
             passage_offsets=np.concatenate([[0], np.cumsum(passages)]),
             passage_tokens=np.concatenate([lengths[1:] for lengths in self._lengths]),
+            passage_hashes=np.array(self._hashes, np.uint64),
         )
 
 

@@ -37,6 +37,8 @@ class Index:
     """int64 [examples + 1]: example i has passages passage_offsets[i] … passage_offsets[i + 1] - 1"""
     passage_tokens: np.ndarray
     """int32 [passages]: number of tokens; the positives of an example come before its negatives"""
+    passage_hashes: np.ndarray
+    """uint64 [passages]: `Triple.hash` of each passage, in the same order"""
 
     def save(self, path: Path) -> None:
         """Writes the arrays atomically."""

@@ -1,5 +1,6 @@
 """Parses and validates data files in the data format of this project (docs/guides/data.md)."""
 
+import hashlib
 import json
 import math
 import os
@@ -33,6 +34,11 @@ class Triple(NamedTuple):
     def stripped(cls, task: str, instance: str, text: str) -> "Triple":
         """Creates a triple from parts stripped of tabs, newlines, spaces and colons at both ends."""
         return cls(*(part.strip("\t\n :") for part in (task, instance, text)))
+
+    def hash(self) -> int:
+        """Returns a 64-bit hash, equal for equal triples in every process."""
+        content = f"{len(self.task)} {len(self.instance)} {self.task}{self.instance}{self.text}".encode()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 INVALID = Triple("", "", "")

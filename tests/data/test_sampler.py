@@ -37,6 +37,7 @@ def make_index(task: Task, positives: list[int], negatives: list[int], seed: int
         negatives=np.array(negatives, np.int32),
         passage_offsets=np.concatenate([[0], np.cumsum(passages)]).astype(np.int64),
         passage_tokens=random.integers(1, longest + 1, passages.sum(), np.int32),
+        passage_hashes=random.integers(0, 2**64, passages.sum(), np.uint64),
     )
 
 
