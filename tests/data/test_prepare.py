@@ -98,9 +98,11 @@ def test_ir_tokens_and_index_are_in_file_order(tmp_path, prompt_tokenizer, cache
         assert index.negatives[number] == len(record.negatives)
         rows = slice(index.passage_offsets[number], index.passage_offsets[number + 1])
         assert index.passage_tokens[rows].tolist() == [tokens.ids.size for tokens in expected[1:]]
+        hashes = [triple.hash() for triple in (*record.positives, *record.negatives)]
+        assert index.passage_hashes[rows].tolist() == hashes
     assert index.passage_offsets[-1] == index.passage_tokens.size
     assert [value.dtype.name for value in vars(index).values()] == [
-        "int64", "float64", "int32", "int32", "int32", "int64", "int32",
+        "int64", "float64", "int32", "int32", "int32", "int64", "int32", "uint64",
     ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Tests parsing and validation of data files."""
 
+import hashlib
 import json
 import math
 import os
@@ -301,3 +302,15 @@ def test_pipe_raises_user_error(tmp_path):
 )
 def test_dataset_names_are_the_shortest_unique_ones(files, names):
     assert dataset_names([Path(file) for file in files]) == names
+
+
+def test_hashes_differ_unless_all_parts_are_equal():
+    triples = [
+        Triple("", "", "ab"),
+        Triple("", "a", "b"),
+        Triple("a", "", "b"),
+        Triple("a", "b", ""),
+        Triple("", "", "a"),
+    ]
+    assert len({triple.hash() for triple in triples}) == len(triples)
+    assert Triple("", "", "ab").hash() == int.from_bytes(hashlib.blake2b(b"0 0 ab", digest_size=8).digest(), "little")
