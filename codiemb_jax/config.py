@@ -287,7 +287,8 @@ class Settings(Section):
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     encode_chunks: PositiveInt = 1
-    """Number of chunks in which a batch is encoded. Gradients are the same, with the memory of a single chunk."""
+    """Maximum number of chunks in which a batch is encoded; small batches have fewer. Gradients are the same, with the
+    memory of a single chunk."""
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     export: Flag = True

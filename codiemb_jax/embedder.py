@@ -21,10 +21,13 @@ from codiemb_jax.files import is_unicode
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh, replicated, row_sharding, row_shards
+from codiemb_jax.text.batches import plan_batches
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
-from codiemb_jax.text.rows import lay_out, padded_length
+from codiemb_jax.text.rows import lay_out
 from codiemb_jax.text.sentence import SentencePrompts, SentenceTokenizer
 
+ROW_MULTIPLES = {"cpu": 8, "gpu": 64, "tpu": 128}
+"""Row lengths of long lists are multiples of this, to suit the kernels of the platform."""
 PLAIN_TRANSFORMER_SETTINGS = {"pooling": "mean", "normalize": False}
 """Defaults of sentence-transformers for a folder that contains only a transformer."""
 
@@ -66,11 +69,11 @@ class Embedder:
         self._tokenizer = make_tokenizer(blueprint)
         normalize = blueprint.encoding["normalize"]
 
-        def embed_rows(params: Any, rows: TokenRows) -> jax.Array:
-            embeddings = embed(nnx.merge(graph, params), rows)
+        def embed_rows(params: Any, rows: TokenRows, slots: int) -> jax.Array:
+            embeddings = embed(nnx.merge(graph, params), rows, slots)
             return l2_normalize(embeddings) if normalize else embeddings
 
-        self._embed = jax.jit(embed_rows, out_shardings=replicated(mesh))
+        self._embed = jax.jit(embed_rows, out_shardings=replicated(mesh), static_argnums=2)
 
     @classmethod
     def from_pretrained(
@@ -209,7 +212,8 @@ class Embedder:
           prompt_name: Name of a prompt in `prompts` to put before each text. None means the model's default prompt, if
             it has one.
           prompt: Prompt to put before each text. Overrides `prompt_name`.
-          batch_size: Number of texts per batch, rounded up to a multiple of the number of devices.
+          batch_size: Maximum number of rows per batch, rounded up to a multiple of the number of devices. Rows are as
+            long as the longest text, and short texts share rows.
           show_progress_bar: Whether to show a progress bar. None shows it on a terminal if there are several batches.
 
         Returns:
@@ -241,24 +245,33 @@ class Embedder:
         """Encodes tokenized texts, float32 [texts, dim]; see `encode`."""
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size: expected a positive integer, found {batch_size!r}")
-        shards = row_shards(self._mesh)
-        count = -(-batch_size // shards) * shards
-        order = sorted(range(len(texts)), key=lambda i: texts[i].ids.size)  # less padding, fewer shapes
-        vectors: list[np.ndarray] = [np.empty(0, np.float32)] * len(texts)
-        starts = range(0, len(order), count)
+        vectors = np.empty((len(texts), self.get_embedding_dimension()), np.float32)
+        if not texts:
+            return vectors
+        batches = plan_batches(
+            np.array([text.ids.size for text in texts]),
+            self.max_seq_length,
+            max_rows=batch_size,
+            shards=row_shards(self._mesh),
+            multiple=ROW_MULTIPLES[self._mesh.devices.flat[0].platform],
+        )
         console = Console(stderr=True)
-        show = console.is_terminal and len(starts) > 1 if show_progress_bar is None else show_progress_bar
-        for start in track(starts, "encoding", console=console, disable=not show, transient=True):
-            indices = order[start : start + count]
-            length = padded_length(texts[indices[-1]].ids.size, self.max_seq_length)
-            # Empty rows pad the last batch to the shape of the others.
-            rows, _ = lay_out([texts[i] for i in indices], np.arange(len(indices)), count, length)
+        show = console.is_terminal and len(batches.texts) > 1 if show_progress_bar is None else show_progress_bar
+        steps = zip(batches.texts, batches.text_rows, strict=True)
+        pending: list[tuple[np.ndarray, np.ndarray, jax.Array]] = []
+        for indices, text_rows in track(
+            steps, "encoding", len(batches.texts), console=console, disable=not show, transient=True
+        ):
+            rows, slots = lay_out([texts[i] for i in indices], text_rows, batches.rows, batches.row_length)
             with jax.set_mesh(self._mesh):
-                place = partial(jax.device_put, device=row_sharding(self._mesh))
-                batch = np.asarray(self._embed(self._params, jax.tree.map(place, rows)))
-            for i, vector in zip(indices, batch, strict=False):
-                vectors[i] = vector
-        return np.stack(vectors) if vectors else np.empty((0, self.get_embedding_dimension()), np.float32)
+                rows = jax.tree.map(partial(jax.device_put, device=row_sharding(self._mesh)), rows)
+                embeddings = self._embed(self._params, rows, batches.slots)
+            pending.append((indices, text_rows * batches.slots + slots, embeddings))
+            if len(pending) > 1:  # fetch a batch while the devices compute the next one
+                _fetch(vectors, *pending.pop(0))
+        for batch in pending:
+            _fetch(vectors, *batch)
+        return vectors
 
     def get_embedding_dimension(self) -> int:
         """Returns the dimension of the embeddings."""
@@ -271,6 +284,11 @@ class Embedder:
         arrays = [np.atleast_2d(embeddings) for embeddings in (embeddings1, embeddings2)]
         first, second = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in arrays)
         return first @ second.T
+
+
+def _fetch(vectors: np.ndarray, texts: np.ndarray, slots: np.ndarray, embeddings: jax.Array) -> None:
+    """Copies the embeddings of a batch to those of the whole list."""
+    vectors[texts] = np.asarray(embeddings)[slots]
 
 
 def make_tokenizer(blueprint: Blueprint) -> PromptTokenizer | SentenceTokenizer:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codiemb_jax.text.rows import pack, padded_count, padded_length
+from codiemb_jax.text.rows import pack, padded_count, padded_length, whole_chunks
 
 TOKENS_PER_SLOT = 16
 """Row length divided by the maximum number of texts per packed row."""
@@ -70,7 +70,7 @@ class PackedLayout:
     devices: int = 1
     """Number of devices along the data and fsdp axes of the mesh."""
     chunks: int = 1
-    """Number of chunks in which a device encodes its rows; the number of rows is a multiple of it."""
+    """Maximum number of chunks in which a device encodes its rows; the number of rows is a multiple of a chunk's."""
 
     def __call__(self, lengths: np.ndarray, limit: int, group_size: int | None) -> BatchLayout:
         """Lays out a batch.
@@ -91,7 +91,7 @@ class PackedLayout:
             order=order,
             text_rows=text_rows,
             row_length=self.row_length,
-            rows=padded_count(int(text_rows.max()) + 1, self.chunks),
+            rows=whole_chunks(padded_count(int(text_rows.max()) + 1), self.chunks),
             slots=slots,
             devices=self.devices,
         )

@@ -49,7 +49,7 @@ def padded_length(longest: int, limit: int) -> int:
     return next(length for length in (-(-limit * part // 16) for part in (1, 2, 4, 8, 12, 16)) if length >= longest)
 
 
-def padded_count(count: int, multiple: int) -> int:
+def padded_count(count: int, multiple: int = 1) -> int:
     """Rounds a number of rows up, by less than its square root and `multiple`, so that there are few different numbers.
 
     Between batches, the number varies by about its square root.
@@ -57,6 +57,17 @@ def padded_count(count: int, multiple: int) -> int:
     step = 2 ** max(0, (count.bit_length() - 3) // 2)
     step = -(-step // multiple) * multiple
     return -(-count // step) * step
+
+
+def rows_per_chunk(rows: int, max_chunks: int) -> int:
+    """Returns the smallest number of rows per chunk with which there are at most `max_chunks` chunks."""
+    return -(-rows // max_chunks)
+
+
+def whole_chunks(rows: int, max_chunks: int) -> int:
+    """Rounds a number of rows up to chunks of `rows_per_chunk`, which does not change."""
+    size = rows_per_chunk(rows, max_chunks)
+    return -(-rows // size) * size
 
 
 def pack(lengths: np.ndarray, row_length: int, max_texts: int) -> np.ndarray:

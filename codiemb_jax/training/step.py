@@ -21,6 +21,7 @@ from codiemb_jax.objectives.groups import Examples, Groups, Parts
 from codiemb_jax.objectives.mixed import mixed
 from codiemb_jax.objectives.registry import OBJECTIVES
 from codiemb_jax.sharding import ROW_AXES, replicated, row_sharding, row_shards
+from codiemb_jax.text.rows import rows_per_chunk
 from codiemb_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -58,7 +59,7 @@ def embed_in_chunks(
     key: jax.Array | None,
     *,
     mesh: Mesh,
-    chunks: int,
+    max_chunks: int,
     function: Callable,
 ) -> Any:
     """Embeds rows in sequential chunks, storing only the inputs of each chunk for the backward pass.
@@ -73,7 +74,7 @@ def embed_in_chunks(
       text_ids: int32 [rows, slots], see `Batch`.
       key: Random key for the dropout of this step; None disables dropout.
       mesh: The device mesh.
-      chunks: Number of chunks.
+      max_chunks: Maximum number of chunks; the rows of a device are a multiple of those of a chunk (`rows_per_chunk`).
       function: `embed`, or another function with the same arguments.
 
     Returns:
@@ -84,9 +85,11 @@ def embed_in_chunks(
         dropout_keys = None if key is None else token_keys(key, rows, text_ids)
         return function(nnx.merge(graph, params), rows, text_ids.shape[1], dropout_keys)
 
+    shards = row_shards(mesh)
+    device_rows = len(rows.tokens) // shards
+    chunks = device_rows // rows_per_chunk(device_rows, max_chunks)
     if chunks == 1:
         return embed_chunk(rows, text_ids)
-    shards = row_shards(mesh)
 
     def split(x: jax.Array) -> jax.Array:  # [rows, …] -> [chunks, rows / chunks, …]
         x = x.reshape(shards, chunks, -1, *x.shape[1:]).swapaxes(0, 1).reshape(chunks, -1, *x.shape[1:])
@@ -136,7 +139,7 @@ def batch_loss(
         jnp.asarray(batch.text_ids),
         key,
         mesh=mesh,
-        chunks=settings.encode_chunks,
+        max_chunks=settings.encode_chunks,
         function=embed_with_middle if needs_middle else _embed_without_middle,
     )
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codiemb_jax.data.layout import BatchLayout, PackedLayout, PaddedLayout, balanced_order
+from codiemb_jax.text.rows import rows_per_chunk
 
 
 @st.composite
@@ -112,7 +113,7 @@ def test_packed_rows_hold_their_texts(data):
     lengths[:, 1:] *= rng.random((tokens.size, texts - 1)) < 0.8  # some passages are padding
     layout = PackedLayout(row_length, devices, chunks)(lengths, row_length, group_size)
     assert_rows_hold_their_texts(layout, lengths)
-    assert layout.rows % chunks == 0
+    assert layout.rows % rows_per_chunk(layout.rows, chunks) == 0
     assert (layout.row_length, layout.devices) == (row_length, devices)
     assert layout.slots == max(1, row_length // 16)
     assert layout.order.tolist() == balanced_order(lengths.sum(axis=1), devices, group_size).tolist()
@@ -126,6 +127,7 @@ def test_packed_layout_of_a_small_batch():
     assert layout.text_rows.tolist() == [[2, 0, 1], [2, 1, -1], [0, 2, 0], [2, 1, 1]]
     assert (layout.rows, layout.row_length, layout.slots, layout.devices) == (3, 32, 2, 2)
     assert PackedLayout(32, devices=2, chunks=2)(lengths, 64, None).rows == 4
+    assert PackedLayout(32, devices=2, chunks=9)(lengths, 64, None).rows == 3  # chunks of one row
 
 
 @pytest.mark.parametrize(

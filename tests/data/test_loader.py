@@ -20,6 +20,7 @@ from codiemb_jax.data.store import PreparedDataset
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.records import Triple
+from codiemb_jax.text.rows import rows_per_chunk
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
 LIMITS = {"query_max_tokens": 64, "passage_max_tokens": 32}
@@ -320,7 +321,7 @@ def test_packed_batches_have_the_planned_texts_on_any_mesh(shape, chunks, datase
         rows, slots = step.layout.rows * shards, 64 // 16
         assert batch.rows.tokens.shape == (rows, 64)
         assert batch.text_ids.shape == (rows, slots)
-        assert step.layout.rows % chunks == 0
+        assert step.layout.rows % rows_per_chunk(step.layout.rows, chunks) == 0
         assert_token_counts(step, batch)
         for leaf in jax.tree.leaves(batch):
             assert leaf.sharding == sharding

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codiemb_jax.text.prompts import Tokens
-from codiemb_jax.text.rows import lay_out, pack, padded_count, padded_length
+from codiemb_jax.text.rows import lay_out, pack, padded_count, padded_length, rows_per_chunk, whole_chunks
 
 
 def make_text(ids: list[int], content_start: int) -> Tokens:
@@ -111,6 +111,16 @@ def test_padded_count_adds_less_than_the_square_root_and_a_multiple(count, multi
 def test_there_are_few_padded_counts():
     assert {padded_count(count, 1) for count in range(25, 39)} == {26, 28, 30, 32, 34, 36, 38}
     assert {padded_count(count, 1) for count in range(1030, 1090)} == {1040, 1056, 1072, 1088, 1104}
+
+
+@given(count=st.integers(1, 10**4), max_chunks=st.integers(1, 64))
+def test_whole_chunks_add_less_than_a_chunk(count, max_chunks):
+    rows = whole_chunks(count, max_chunks)
+    size = rows_per_chunk(rows, max_chunks)
+    assert rows % size == 0
+    assert rows // size <= max_chunks
+    assert count <= rows < count + size
+    assert size == -(-count // max_chunks)
 
 
 @given(limit=st.integers(1, 4096), data=st.data())

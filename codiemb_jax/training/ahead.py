@@ -1,0 +1,64 @@
+"""Traces a training step without weights, data or the devices, to compile it for a TPU slice that is not there."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from codiemb_jax.batch import Batch, StepTask, TokenRows
+from codiemb_jax.config import Settings
+from codiemb_jax.data.layout import BatchLayout
+from codiemb_jax.models.build import Params
+from codiemb_jax.sharding import row_sharding
+from codiemb_jax.training.optimizer import make_optimizer
+from codiemb_jax.training.schedule import make_schedule
+from codiemb_jax.training.state import abstract_state
+from codiemb_jax.training.step import make_step
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Returns the devices of a TPU slice, such as v5e:4x4, to compile for. Needs libtpu, but no TPU."""
+    from jax.experimental import topologies  # not needed otherwise
+
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def abstract_batch(layout: BatchLayout, passages: int, mesh: jax.sharding.Mesh) -> Batch:
+    """Returns the shapes, dtypes and shardings of a batch with `passages` passages per example."""
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding(mesh))
+
+    examples, rows = layout.order.size, layout.devices * layout.rows
+    tokens = array(jnp.int32, rows, layout.row_length)
+    return Batch(
+        rows=TokenRows(tokens, tokens, tokens, tokens),
+        text_ids=array(jnp.int32, rows, layout.slots),
+        queries=array(jnp.int32, examples),
+        passages=array(jnp.int32, examples, passages),
+        scores=array(jnp.float32, examples),
+    )
+
+
+def trace_step(
+    settings: Settings, graph: Any, params: Params, task: StepTask, layout: BatchLayout, passages: int, dropout: bool
+) -> jax.stages.Traced:
+    """Traces the step that training would run.
+
+    Args:
+      settings: The settings.
+      graph: NNX graph definition of the model.
+      params: The abstract parameters, with shardings.
+      task: The task of the step.
+      layout: The layout of the batch.
+      passages: Number of passages per example.
+      dropout: Whether the model has dropout.
+    """
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    schedule = make_schedule(settings.optimizer, settings.optimizer.max_steps or 1000)
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    state = abstract_state(optimizer, params)
+    # `jax.set_mesh` would try to put constants on devices that are not there.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        step: Any = make_step(graph, optimizer, schedule, settings, mesh, state, task, dropout)
+        return step.trace(state, jax.ShapeDtypeStruct((), jnp.int32), abstract_batch(layout, passages, mesh))
