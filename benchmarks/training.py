@@ -1,4 +1,4 @@
-"""Benchmarks training steps against two PyTorch trainers, with the same weights and the same batches in float32.
+"""Benchmarks training steps against two PyTorch trainers, with the same weights and the same batches.
 
     pip install -e ".[test,benchmark]" && python benchmarks/training.py --work models/benchmark
 
@@ -6,8 +6,12 @@ The trainers are this project with packing and with padding, sentence-transforme
 plain loop around a transformers model (batches padded to their longest text, AdamW). Each runs in its own process, and
 they take turns. An example is a query, a passage that answers it and a hard negative, with lengths like those of news
 stories: about 40 tokens per query, and passages of 250 on average and 1,000 at most. --equal makes all texts equally
-long. Reports tokens per second without padding: the median over the steps, and the spread over rounds. The first two
-steps, and those that compile, are not counted.
+long. All use the GPU if there is one; there, --dtype bfloat16 is mixed precision with float32 weights.
+
+Reports tokens per second without padding: the median over the steps, and the spread over rounds. The first two steps,
+and those that compile, are not counted. "of limit" is the rate of the operations that the texts need, without padding
+or anything computed again, as a share of the rate of bare matrix products of the model's shapes, measured in each
+round. On a known GPU, MFU is the same as a share of its peak.
 """
 
 import argparse
@@ -19,59 +23,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from inputs import passage_lengths, query_lengths, random_texts, write_model
+from limit import matrix_product_rate, needed_flops, peak_flops
 from rich.console import Console
 from rich.table import Table
 
 TEMPERATURE, LEARNING_RATE = 0.02, 1e-5
+LIMIT = "limit"
+"""Measured like a trainer, in a process of its own."""
 WARMUP_STEPS = 2
 """The first steps fill caches, and are not counted."""
 
 
-def write_model(folder: Path) -> None:
-    """Writes a decoder with 45 M parameters, random weights and the tokenizer of the quickstart."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-
-    import codiemb_jax
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(Path(codiemb_jax.__file__).parent / "quickstart" / "model")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=10,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048,
-    )  # fmt: skip
-    LlamaModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def write_data(path: Path, model: Path, examples: int, max_tokens: int, equal: bool) -> None:
-    """Writes examples whose words come from the texts of the quickstart."""
-    from transformers import AutoTokenizer
-
-    import codiemb_jax
-
+    """Writes examples of a query, a positive and a negative."""
     random = np.random.default_rng(0)
-    folder = Path(codiemb_jax.__file__).parent / "quickstart" / "data" / "train" / "ir"
-    records = [json.loads(line) for line in (folder / "encyclopedia.jsonl").read_text(encoding="utf-8").splitlines()]
-    words = np.array(" ".join(positive[2] for record in records for positive in record["positives"]).split())
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens_per_word = len(tokenizer(" ".join(words), verbose=False)["input_ids"]) / len(words)
-
-    def text(mean_tokens: float, sigma: float) -> str:
-        tokens = (
-            max_tokens * 1.5 if equal else np.clip(random.lognormal(np.log(mean_tokens) - sigma**2 / 2, sigma), 8, 1000)
-        )
-        return " ".join(random.choice(words, max(2, round(tokens / tokens_per_word))))
-
+    lengths = np.hstack([query_lengths(random, (examples, 1), 1000), passage_lengths(random, (examples, 2), 1000)])
+    if equal:
+        lengths[:] = 1.5 * max_tokens  # all are truncated
+    texts = iter(random_texts(random, model, lengths.ravel()))
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(examples):
-            record = {
-                "task_type": "ir",
-                "query": ["", "", text(40, 0.5)],
-                "positives": [["", "", text(250, 0.8)]],
-                "negatives": [["", "", text(250, 0.8)]],
-            }
-            file.write(json.dumps(record) + "\n")
+        for query, positive, negative in zip(texts, texts, texts, strict=True):
+            record = {"task_type": "ir", "query": ["", "", query], "positives": [["", "", positive]]}
+            file.write(json.dumps(record | {"negatives": [["", "", negative]]}) + "\n")
 
 
 def settings(options: argparse.Namespace, output: Path, packing: bool) -> dict[str, Any]:
@@ -83,7 +57,7 @@ def settings(options: argparse.Namespace, output: Path, packing: bool) -> dict[s
         "output_dir": str(output),
         "model": {
             "path": str(options.model), "attention": "bidirectional" if config["model_type"] == "bert" else "causal",
-            "compute_dtype": "float32", "dropout": 0.0,
+            "compute_dtype": options.dtype, "dropout": 0.0,
         },
         "prompt": prompt | {"include_in_pooling": True},
         "data": {
@@ -138,16 +112,18 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModel
 
     steps = [texts for _, texts in batches(options)]
-    model = AutoModel.from_pretrained(options.model, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(options.model, dtype=torch.float32).to(device)
     model.eval()  # without dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
     def embed(texts: list[list[int]]) -> tuple[torch.Tensor, int]:
         width = max(map(len, texts))
-        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
-        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        pooled = (states.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
         return torch.nn.functional.normalize(pooled, dim=1), ids.numel()
 
     losses, seconds, computed = [], [], []
@@ -155,7 +131,9 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         query, query_tokens = embed(queries)
         passage, passage_tokens = embed(positives + negatives)
-        loss = torch.nn.functional.cross_entropy(query @ passage.T / TEMPERATURE, torch.arange(len(queries)))
+        loss = torch.nn.functional.cross_entropy(
+            query @ passage.T / TEMPERATURE, torch.arange(len(queries), device=device)
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -193,7 +171,8 @@ def run_sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
     }
     transformer = Transformer(str(options.model), max_seq_length=options.max_tokens, model_kwargs={"dtype": "float32"})
     model = SentenceTransformer(
-        modules=[transformer, Pooling(transformer.get_embedding_dimension()), Normalize()], device="cpu"
+        modules=[transformer, Pooling(transformer.get_embedding_dimension()), Normalize()],
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
     for module in model.modules():  # without dropout
         if isinstance(module, torch.nn.Dropout):
@@ -211,7 +190,8 @@ def run_sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
         arguments = SentenceTransformerTrainingArguments(
             folder, per_device_train_batch_size=options.queries, max_steps=options.steps, learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, save_strategy="no",
-            report_to="none", use_cpu=True, disable_tqdm=True, dataloader_drop_last=True,
+            report_to="none", use_cpu=not torch.cuda.is_available(), bf16=options.dtype == "bfloat16",
+            disable_tqdm=True, dataloader_drop_last=True,
             batch_sampler=lambda data, batch_size, drop_last, **_: BatchSampler(
                 SequentialSampler(data), batch_size, drop_last
             ),
@@ -227,11 +207,29 @@ def run_sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
     return {"loss": losses[0], "seconds": np.diff(ends).tolist(), "tokens": tokens, "computed_tokens": computed}
 
 
+def run_limit(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures matrix products with as many tokens as a packed batch has, and counts what the texts need."""
+    config = json.loads((options.model / "config.json").read_text())
+    steps = [np.array([len(text) for part in texts for text in part]) for _, texts in batches(options)]
+    tokens = int(np.median([lengths.sum() for lengths in steps]))
+    return {
+        "rate": matrix_product_rate(options.model, tokens, options.dtype),
+        "flops_per_token": float(
+            np.median([
+                needed_flops(config, lengths, causal=config["model_type"] != "bert", training=True) / lengths.sum()
+                for lengths in steps
+            ])
+        ),
+        "peak": peak_flops(),
+    }  # fmt: skip
+
+
 TRAINERS = {
     "codiemb_jax, packed": lambda options: run_codiemb_jax(options, packing=True),
     "codiemb_jax, padded": lambda options: run_codiemb_jax(options, packing=False),
     "transformers": run_transformers,
     "sentence-transformers": run_sentence_transformers,
+    LIMIT: run_limit,
 }
 
 
@@ -254,7 +252,7 @@ def _counted_steps(computed_tokens: list[int], compiles: bool) -> list[int]:
     return steps
 
 
-def summarize(name: str, rounds: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns medians over the steps of all rounds, and the range of the rounds' medians."""
     compiles = name.startswith("codiemb_jax")
     rates = [
@@ -280,6 +278,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument("--equal", action="store_true", help="make all texts as long as --max-tokens")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of computation")
     parser.add_argument("--trainer", choices=TRAINERS, help="run only this trainer, in this process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args()
@@ -298,18 +297,28 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in TRAINERS:
             rounds[name].append(measure(options, name))
+    limits = rounds.pop(LIMIT)
+    limit = {name: float(np.median([limit[name] for limit in limits])) for name in ("rate", "flops_per_token")}
+    peak = limits[0]["peak"]
     results = {name: summarize(name, results) for name, results in rounds.items()}
     baseline = results["transformers"]
-    table = Table("trainer", "first loss", "padding", "tokens/s", "rounds", "ratio", "1/(1-p)")
+    table = Table("trainer", "first loss", "padding", "tokens/s", "rounds", "ratio", "1/(1-p)", "of limit", "MFU")
     for name, result in results.items():
+        rate = result["tokens_per_second"] * limit["flops_per_token"]
+        result |= {"of_limit": rate / limit["rate"], "mfu": rate / peak if peak else None}
         table.add_row(
             name, f"{result['first_loss']:.6f}", f"{result['padding']:.1%}", f"{result['tokens_per_second']:,.0f}",
             f"{result['lowest_round']:,.0f} to {result['highest_round']:,.0f}",
             f"{result['tokens_per_second'] / baseline['tokens_per_second']:.2f}", f"{1 / (1 - result['padding']):.2f}",
+            f"{result['of_limit']:.0%}", f"{result['mfu']:.1%}" if peak else "-",
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    rates = [round_["rate"] / 1e9 for round_ in limits]
+    console.print(f"matrix products: {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s")
     if options.json:
-        options.json.write_text(json.dumps({"results": results, "rounds": rounds}, indent=2) + "\n")
+        content = {"results": results, "limit": limit, "rounds": rounds, "limits": limits}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
