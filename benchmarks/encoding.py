@@ -2,11 +2,11 @@
 
     pip install -e ".[test,benchmark]" && python benchmarks/encoding.py --work models/benchmark
 
-Texts have lengths like those of news stories, 250 tokens on average and 1,000 at most, cut to --max-tokens; with --equal,
-all have --max-tokens. Both encode with their defaults, each in its own process, and they take turns. Each process
-encodes all texts twice, so that compilation is not counted. Reports texts and tokens per second, the spread over
-rounds, and the largest difference between the embeddings. "of limit" is the rate of the operations that the texts need,
-as a share of the rate of bare matrix products of the model's shapes, measured in each round.
+Texts have lengths like those of news stories, 250 tokens on average and 1,000 at most, cut to --max-tokens; with
+--equal, all have --max-tokens. Both encode with their defaults, each in its own process, and they take turns. Each
+process encodes all texts twice, so that compilation is not counted. Reports texts and tokens per second, the spread
+over rounds, and the largest difference between the embeddings. "of limit" is the rate of the operations that the texts
+need, as a share of the rate of bare matrix products of the model's shapes, measured in each round.
 """
 
 import argparse
