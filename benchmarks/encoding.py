@@ -34,7 +34,7 @@ def write_texts(path: Path, model: Path, texts: int, max_tokens: int, equal: boo
 def write_folder(model: Path, folder: Path, max_tokens: int) -> None:
     """Writes a folder for sentence-transformers with the weights of a Hugging Face folder."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     transformer = Transformer(str(model), max_seq_length=max_tokens, model_kwargs={"dtype": "float32"})
     modules = [transformer, Pooling(transformer.get_embedding_dimension()), Normalize()]

@@ -157,7 +157,7 @@ def run_sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
         SentenceTransformerTrainingArguments,
     )
     from sentence_transformers.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from torch.utils.data import BatchSampler, SequentialSampler
     from transformers import TrainerCallback
 
