@@ -1,11 +1,12 @@
 """The device mesh and the sharding of batches and weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from codiemb_jax.config import MeshSettings
 from codiemb_jax.errors import UserError
@@ -67,6 +68,17 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def place(shape: tuple[int, ...], sharding: Sharding, block: Callable[[Any], np.ndarray]) -> jax.Array:
+    """Does the same as `jax.make_array_from_callback`, also under a transfer guard, which takes it for implicit."""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(shape, sharding, block)
+
+
+def replicate(value: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
+    """Places a value on every device. As an argument of a jitted function, it would be transferred implicitly."""
+    return place(value.shape, replicated(mesh), lambda _: np.asarray(value))
 
 
 def weight_shardings(mesh: Mesh, variables: Any) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     settings = load_settings(find_config(options.config[0]), flags)
 
     with loading_modules():
+        from codiemb_jax.compilation import use_compilation_cache
         from codiemb_jax.embedder import Embedder
         from codiemb_jax.evaluation.held_out import evaluate, read_held_out
         from codiemb_jax.training.loop import train
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     held_out = read_held_out(settings.evaluation, setup.tokenizer, setup.max_tokens)
     embedder = Embedder(setup.model.graph, None, setup.model.blueprint, setup.mesh)
     run = open_run(setup)
+    use_compilation_cache()
     before, after = train(run, lambda params: evaluate(embedder.with_params(params), held_out))
     print_report(before, after, run.folder.export if settings.export else None)
 

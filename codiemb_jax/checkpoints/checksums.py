@@ -1,5 +1,6 @@
 """Checksums of arrays that detect any changed element and do not depend on the sharding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,7 +51,13 @@ _sums_jitted = jax.jit(_sums)
 
 def tree_checksums(tree: Any) -> Any:
     """Returns the checksum of each array in a tree, in hex. Elements may have at most four bytes."""
-    return jax.tree.map(_hex, jax.device_get(_tree_sums_jitted(tree)))
+    return start_tree_checksums(tree)()
+
+
+def start_tree_checksums(tree: Any) -> Callable[[], Any]:
+    """Starts computing `tree_checksums` on the devices, and returns a function that waits for them."""
+    sums = _tree_sums_jitted(tree)
+    return lambda: jax.tree.map(_hex, jax.device_get(sums))
 
 
 def array_checksum(array: np.ndarray) -> str:

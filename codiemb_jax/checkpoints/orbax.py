@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from codiemb_jax.checkpoints.blueprint import Blueprint
-from codiemb_jax.checkpoints.checksums import array_checksum, tree_checksums
+from codiemb_jax.checkpoints.checksums import array_checksum, start_tree_checksums
 from codiemb_jax.checkpoints.folder import ModelFolder, prefix_errors
 from codiemb_jax.checkpoints.safetensors import LazyArray, weight_names
 from codiemb_jax.errors import UserError, format_problems
@@ -156,22 +157,31 @@ class RunCheckpoints:
         passthrough: Mapping[str, np.ndarray],
         blueprint: Blueprint,
     ) -> None:
-        """Starts saving the state after `step` steps; returns once it has been copied.
+        """Starts saving the state after `step` steps; returns once it has been copied to the host.
+
+        The checksums are computed, and everything is written, while training continues. If the previous checkpoint is
+        still being written, this waits for it, so that the host has at most one copy of the state.
 
         Raises:
           UserError: If this or the previous checkpoint cannot be written, for example because the disk is full.
         """
-        arrays = {"params": describe_tree(params), "optimizer": describe_tree(optimizer)}
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(params),
             "optimizer": ocp.args.StandardSave(optimizer),
         }
         if passthrough:
-            arrays["passthrough"] = {name: _describe(value) for name, value in passthrough.items()}
             items["passthrough"] = ocp.args.StandardSave(dict(passthrough))
-        items[MANIFEST] = ocp.args.JsonSave(_manifest(blueprint, arrays))
         with _writable(self._folder):
             self._manager.wait_until_finished()
+            describe = {"params": start_describing(params), "optimizer": start_describing(optimizer)}
+
+            def manifest() -> dict[str, Any]:
+                arrays = {name: described() for name, described in describe.items()}
+                if passthrough:
+                    arrays["passthrough"] = {name: _describe(value) for name, value in passthrough.items()}
+                return _manifest(blueprint, arrays)
+
+            items[MANIFEST] = _ManifestSave(manifest)
             self._delete_old()
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._steps.append(step)
@@ -199,6 +209,19 @@ class RunCheckpoints:
         self._delete_old()
         self._deletions.shutdown()
         self._manager.close()
+
+
+class _ManifestHandler(ocp.JsonCheckpointHandler):
+    """Saves a manifest that is computed in the background, because it waits for the checksums."""
+
+    async def _save_fn(self, x: Callable[[], dict[str, Any]], directory: Any) -> None:
+        await super()._save_fn(x(), directory)
+
+
+@ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)
+@dataclass
+class _ManifestSave(ocp.args.CheckpointArgs):
+    item: Callable[[], dict[str, Any]]
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -317,8 +340,22 @@ def restore_item(folder: Path, item: str, arrays: Arrays, abstract: Any) -> Any:
 
 def describe_tree(tree: Any) -> Arrays:
     """Returns the dtype, shape and checksum of each array, by path."""
-    checksums = dict(_leaves(tree_checksums(tree)))
-    return {_path(keys): (leaf.dtype.name, list(leaf.shape), checksums[keys]) for keys, leaf in _leaves(tree)}
+    return start_describing(tree)()
+
+
+def start_describing(tree: Any) -> Callable[[], Arrays]:
+    """Starts computing `describe_tree` on the devices, and returns a function that waits for it.
+
+    The arrays may be donated meanwhile.
+    """
+    checksums = start_tree_checksums(tree)
+    layout = [(_path(keys), leaf.dtype.name, list(leaf.shape)) for keys, leaf in _leaves(tree)]
+
+    def describe() -> Arrays:
+        found = [checksum for _, checksum in _leaves(checksums())]
+        return {path: (dtype, shape, checksum) for (path, dtype, shape), checksum in zip(layout, found, strict=True)}
+
+    return describe
 
 
 def _describe(array: np.ndarray) -> tuple[str, list[int], str]:

@@ -11,6 +11,7 @@ import numpy as np
 from codiemb_jax.batch import Batch
 from codiemb_jax.data.sampler import Plan, StepPlan
 from codiemb_jax.data.store import PreparedDataset
+from codiemb_jax.sharding import place
 from codiemb_jax.text.rows import lay_out
 
 NUM_THREADS = 2
@@ -85,7 +86,7 @@ def to_global(parts: Sequence[np.ndarray], starts: Sequence[int], shards: int, s
         assert index is not None  # None only for devices of other hosts
         return blocks[(index[0].start or 0) // size]
 
-    return jax.make_array_from_callback((shards * size, *parts[0].shape[1:]), sharding, block)
+    return place((shards * size, *parts[0].shape[1:]), sharding, block)
 
 
 def batches(

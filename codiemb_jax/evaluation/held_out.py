@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytrec_eval
-from scipy.stats import spearmanr
 
 from codiemb_jax.config import EvaluationSettings
 from codiemb_jax.embedder import Embedder
@@ -46,6 +45,8 @@ class HeldOutSTS:
 
     def score(self, embedder: Embedder) -> tuple[str, float]:
         """Returns the Spearman correlation between cosine similarities and scores."""
+        from scipy.stats import spearmanr  # slow to import, and not needed to train
+
         similarity = np.sum(_unit_embeddings(embedder, self.first) * _unit_embeddings(embedder, self.second), axis=1)
         if not np.ptp(similarity):  # the correlation of constant values is undefined
             return "Spearman", 0.0

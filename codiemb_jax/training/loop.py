@@ -1,9 +1,11 @@
 """Runs training from the first step to the export."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from codiemb_jax.data.loader import batches
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params
-from codiemb_jax.sharding import row_sharding
+from codiemb_jax.sharding import replicate, row_sharding
 from codiemb_jax.training.log import MetricsLog
 from codiemb_jax.training.optimizer import make_optimizer
 from codiemb_jax.training.run import Run, attention_backend, held_out_paths
@@ -29,6 +31,7 @@ from codiemb_jax.training.state import TrainState, abstract_state, initial_state
 from codiemb_jax.training.step import Metrics, make_step
 
 Evaluate = Callable[[Params], HeldOutMetrics]
+Item = TypeVar("Item")
 
 
 def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]:
@@ -98,10 +101,10 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
     checkpoints = RunCheckpoints(folder.checkpoints, settings.checkpoint.keep)
     # Closing waits for a checkpoint that is being saved, even after an error.
     with closing(checkpoints), MetricsLog(folder.metrics, folder.tensorboard, run.names, done, run.steps) as log:
-        for plan, batch in batches(run.plan, run.datasets, row_sharding(mesh), start=done, stop=run.steps):
-            state, metrics = steps[plan.task](state, np.int32(plan.number), batch)
+        for plan, batch in one_ahead(batches(run.plan, run.datasets, row_sharding(mesh), start=done, stop=run.steps)):
+            state, metrics = steps[plan.task](state, replicate(np.int32(plan.number), mesh), batch)
             if pending:
-                log.write(*pending)
+                log.write(*pending)  # blocks, so that at most two steps are in flight
             pending = (plan, metrics)
             done = plan.number + 1
             if is_checkpoint_due(settings.checkpoint, done, run.plan.steps_per_epoch) or done == run.steps:
@@ -112,6 +115,15 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
                 check_finite(state.params, done)
                 checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
     return state.params
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yields items, with the next one fetched in a thread: a batch is placed on the devices while a step runs."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
 
 
 @jax.jit
@@ -125,7 +137,7 @@ def check_finite(params: Params, done: int) -> None:
     Raises:
       UserError: If any weight is NaN or infinite.
     """
-    if not _all_finite(params):
+    if not jax.device_get(_all_finite(params)):
         raise UserError(
             f"step {done - 1}: the update made weights NaN or infinite; lower optimizer.learning_rate or "
             "optimizer.weight_decay or set optimizer.clip_norm, and use another output_dir"

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -172,7 +171,7 @@ def make_step(
     state: TrainState,
     task: StepTask,
     dropout: bool = False,
-) -> Callable[[TrainState, np.int32, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, jax.Array, Batch], tuple[TrainState, Metrics]]:
     """Creates the jitted step of a task: (state, step number, batch) -> (new state, metrics before the update).
 
     It compiles once per batch shape and donates the state.

@@ -14,7 +14,14 @@ import tensorstore
 from safetensors.numpy import load_file, save_file
 
 from codiemb_jax.checkpoints.model import PretrainedModel, open_model
-from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, RunCheckpoints, is_checkpoint, save_model, saved_steps
+from codiemb_jax.checkpoints.orbax import (
+    OrbaxCheckpoint,
+    RunCheckpoints,
+    is_checkpoint,
+    restore_run,
+    save_model,
+    saved_steps,
+)
 from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
@@ -227,6 +234,25 @@ def test_checkpoint_is_complete_until_it_is_deleted(tmp_path, monkeypatch):
     RunCheckpoints(folder, keep=1).close()
     assert [path.name for path in folder.iterdir()] == ["3"]
     assert is_checkpoint(folder / "3")
+
+
+def test_state_may_be_donated_while_it_is_saved(tmp_path):
+    """`save` returns before checksums are known and files are written, and the next step reuses the memory."""
+    write_random_checkpoint("youtu_embedding", tmp_path / "model", **WIDE | {"hidden_size": 128})
+    settings = ModelSettings(path=str(tmp_path / "model"), compute_dtype="float32")
+    model = open_model(settings, PromptSettings(), make_mesh(MeshSettings(), jax.devices()[:1]))
+    params = model.load()
+    expected = jax.tree.map(np.array, params)
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, params, {"count": jax.numpy.int32(1)}, {}, model.blueprint)
+    changed = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(params)
+    assert params["norm"].is_deleted()
+    jax.block_until_ready(changed)
+    checkpoints.close()
+    layout = {"count": jax.ShapeDtypeStruct((), np.int32, sharding=changed["norm"].sharding)}
+    restored, optimizer = restore_run(tmp_path / "checkpoints", 1, model.abstract, layout)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert int(optimizer["count"]) == 1
 
 
 def test_only_checkpoints_of_the_run_are_deleted(tmp_path):

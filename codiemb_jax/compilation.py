@@ -1,0 +1,63 @@
+"""The persistent compilation cache, in which programs find what an earlier process compiled."""
+
+import hashlib
+import os
+import platform
+import stat
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from codiemb_jax.data.store import cache_folder
+
+
+def use_compilation_cache() -> None:
+    """Makes JAX keep what it compiles in the cache folder, unless it is configured to use a folder or none.
+
+    JAX runs what it finds there, so only a folder that no other user can write is used; otherwise prints why it is not.
+
+    Raises:
+      UserError: If there is no cache folder.
+    """
+    config: Any = jax.config  # its attributes have no static types
+    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+        return
+    folder = cache_folder() / "compiled" / _processor()
+    try:
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        problem = _problem(folder.resolve())
+    except OSError as error:
+        problem = f"{folder} cannot be used ({error.strerror})"
+    if problem:
+        note = f"note: compiled programs are not cached, because {problem}"
+        Console(stderr=True).print(note, soft_wrap=True, markup=False)
+        return
+    config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _processor() -> str:
+    """Returns a name for the processor: XLA uses all its instructions, which another machine may not have."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    except OSError:  # not Linux
+        features = [platform.processor()]
+    return hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
+
+
+def _problem(folder: Path) -> str | None:
+    """Returns who else could put files into a folder, and the fix; None if nobody."""
+    if folder.stat().st_uid != os.getuid():
+        return f"{folder} belongs to another user; set CODIEMB_JAX_CACHE to a folder of your own"
+    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"other users can write to {folder}; run chmod go-w {folder}"
+    for parent in folder.parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"other users can replace folders in {parent}; run chmod o-w {parent}"
+    return None

@@ -1,0 +1,165 @@
+"""Tests of the persistent compilation cache: what it saves, and which folders are not trusted."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from jax.experimental.compilation_cache import compilation_cache
+
+from codiemb_jax import compilation
+from codiemb_jax.compilation import use_compilation_cache
+from tests.helpers import golden_settings
+
+SETTINGS = (
+    "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache",
+)  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The cache folder, with JAX not configured to use another one."""
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield tmp_path / "cache"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(path for path in (cache / "compiled").rglob("*") if path.is_file())
+
+
+def test_folder_is_private(cache, capsys):
+    mask = os.umask(0)
+    try:
+        cache.mkdir(mode=0o755)
+        use_compilation_cache()
+    finally:
+        os.umask(mask)
+    folder = Path(jax.config.jax_compilation_cache_dir)
+    assert folder.parent == cache / "compiled"
+    assert [path.stat().st_mode & 0o777 for path in (folder.parent, folder)] == [0o700, 0o700]
+    assert capsys.readouterr().err == ""
+
+
+def test_configuration_of_jax_has_precedence(cache, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
+    jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == "/elsewhere"
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not cache.exists()
+    jax.config.update("jax_enable_compilation_cache", True)
+    use_compilation_cache()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 7
+
+
+def others_can_write(cache: Path) -> None:
+    use_compilation_cache()
+    Path(jax.config.jax_compilation_cache_dir).chmod(0o770)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def others_can_replace(cache: Path) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+
+
+UNTRUSTED = {
+    "other users can write to .*; run chmod go-w .*cache/compiled/": others_can_write,
+    "other users can replace folders in .*cache; run chmod o-w .*cache$": others_can_replace,
+    r".*cache/compiled/\w+ cannot be used \(Not a directory\)": lambda cache: cache.write_text("a file"),
+}
+
+
+@pytest.mark.parametrize("message", UNTRUSTED)
+def test_folder_that_others_can_change_is_not_used(message, cache, capsys):
+    UNTRUSTED[message](cache)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    note = capsys.readouterr().err.strip()
+    assert re.fullmatch(f"note: compiled programs are not cached, because {message}.*", note)
+
+
+def test_folder_of_another_user_is_not_used(cache, capsys, monkeypatch):
+    monkeypatch.setattr(compilation.os, "getuid", lambda: cache.parent.stat().st_uid + 1)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert "belongs to another user; set CODIEMB_JAX_CACHE to a folder of your own" in capsys.readouterr().err
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped bit": lambda content: content[:-40] + bytes([content[-40] ^ 1]) + content[-39:],
+    "other content": lambda content: b"\0" * len(content),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_entry_is_compiled_again(damage, cache):
+    use_compilation_cache()
+
+    @jax.jit
+    def step(x: jax.Array) -> jax.Array:
+        return jnp.sin(x) @ x.T
+
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    expected = np.asarray(step(x))
+    damaged = [path for path in entries(cache) if path.name.startswith("jit_step")]
+    assert len(damaged) == 1
+    damaged[0].write_bytes(DAMAGES[damage](damaged[0].read_bytes()))
+    jax.clear_caches()
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry for 'jit_step'"):
+        np.testing.assert_array_equal(step(x), expected)
+
+
+TRAIN = """
+import collections, json, sys
+import jax.monitoring
+from codiemb_jax.train import main
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
+main(sys.argv[1:])
+print(json.dumps(counts))
+"""
+
+
+def test_second_process_compiles_nothing(golden, tmp_path):
+    data = {"ir": [str(golden / "data" / "news.jsonl")], "query_max_tokens": 64, "passage_max_tokens": 64}
+    environment = os.environ | {"CODIEMB_JAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        environment.pop(name, None)
+
+    def train(name: str) -> tuple[dict[str, int], list[Path]]:
+        settings = golden_settings(golden, tmp_path / name, data=data, optimizer={"max_steps": 3}, export=False)
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-c", TRAIN, "--config", config]
+        output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=200)
+        assert "compiled" not in output.stderr  # neither warnings nor notes
+        return json.loads(output.stdout.splitlines()[-1]), entries(tmp_path / "cache")
+
+    cold, after_cold = train("cold")
+    warm, after_warm = train("warm")
+    assert after_warm == after_cold
+    assert sum(path.name.startswith("jit_step") for path in after_cold) == 1
+    assert cold["cache_misses"] == len(after_cold)
+    assert "cache_misses" not in warm
+    assert warm["cache_hits"] == cold["compile_requests_use_cache"] == warm["compile_requests_use_cache"]
