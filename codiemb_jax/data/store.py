@@ -40,6 +40,9 @@ class Index:
     passage_hashes: np.ndarray
     """uint64 [passages]: `Triple.hash` of each passage, in the same order"""
 
+    def __len__(self) -> int:
+        return self.query_tokens.size
+
     def save(self, path: Path) -> None:
         """Writes the arrays atomically."""
         unfinished = path.with_name(path.name + ".tmp")
@@ -76,7 +79,7 @@ class PreparedDataset:
         return PreparedDataset, (self.path, self.task, self.folder)
 
     def __len__(self) -> int:
-        return self.index.position.size
+        return len(self.index)
 
     @cached_property
     def _rows(self) -> Any:
