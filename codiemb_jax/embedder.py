@@ -22,7 +22,7 @@ from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh, replicated, row_sharding, row_shards
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
-from codiemb_jax.text.rows import lay_out, padded_length
+from codiemb_jax.text.rows import Texts, lay_out, padded_length
 from codiemb_jax.text.sentence import SentencePrompts, SentenceTokenizer
 
 PLAIN_TRANSFORMER_SETTINGS = {"pooling": "mean", "normalize": False}
@@ -252,7 +252,7 @@ class Embedder:
             indices = order[start : start + count]
             length = padded_length(texts[indices[-1]].ids.size, self.max_seq_length)
             # Empty rows pad the last batch to the shape of the others.
-            rows, _ = lay_out([texts[i] for i in indices], np.arange(len(indices)), count, length)
+            rows, _ = lay_out(Texts.join([texts[i] for i in indices]), np.arange(len(indices)), count, length)
             with jax.set_mesh(self._mesh):
                 place = partial(jax.device_put, device=row_sharding(self._mesh))
                 batch = np.asarray(self._embed(self._params, jax.tree.map(place, rows)))

@@ -14,9 +14,9 @@ import numpy as np
 
 from codiemb_jax.batch import TASKS, StepTask, Task
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data.index import Index
 from codiemb_jax.data.layout import BatchLayout, Layout
 from codiemb_jax.data.permutation import permute
-from codiemb_jax.data.store import Index
 from codiemb_jax.errors import UserError, format_problems
 
 _SHUFFLE, _BATCHES, _CHOICES, _SUBSET = range(4)  # independent random streams
@@ -186,10 +186,13 @@ class Plan:
         """Assembles a plan from (dataset, examples, passages) parts."""
         settings = self.settings
         limits = {"ir": max(settings.query_max_tokens, settings.passage_max_tokens), "sts": settings.query_max_tokens}
-        lengths = np.concatenate([self._lengths(*part) for part in parts])
+        limit = limits.get(task, limits["ir"])
+        lengths = np.concatenate(
+            [self.sources[source].index.lengths(examples, passages, limit) for source, examples, passages in parts]
+        )
         # In a mixed step, each device is a group of its own.
         group_size = lengths.shape[0] // self.parts if task == "mixed" else self.group_sizes[task]
-        layout = self.layout(lengths, limits.get(task, limits["ir"]), group_size)
+        layout = self.layout(lengths, limit, group_size)
         return StepPlan(
             number=number,
             epoch=number // self.steps_per_epoch,
@@ -201,21 +204,14 @@ class Plan:
             tokens=int(lengths.sum()),
         )
 
-    def _lengths(self, source: int, examples: np.ndarray, passages: np.ndarray) -> np.ndarray:
-        """Returns the number of tokens of each query and its passages, int [examples, 1 + passages]; 0 for padding."""
-        index = self.sources[source].index
-        rows = index.passage_offsets[examples][:, None] + passages
-        passage_tokens = np.where(passages < 0, 0, index.passage_tokens[rows])
-        return np.concatenate([index.query_tokens[examples][:, None], passage_tokens], axis=1)
-
     def _passages(self, source: int, examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws the passages of each example, int [examples, passages]."""
+        num_positives, num_negatives = self.sources[source].index.counts(examples)
         if self.sources[source].task == "sts":
             return np.zeros((examples.size, 1), int)
-        settings, index = self.settings, self.sources[source].index
-        positives = _choose(index.positives[examples], settings.positives_per_query, rng)
-        negatives = _choose(index.negatives[examples], settings.negatives_per_query, rng)
-        negatives = np.where(negatives < 0, -1, negatives + index.positives[examples][:, None])
+        positives = _choose(num_positives, self.settings.positives_per_query, rng)
+        negatives = _choose(num_negatives, self.settings.negatives_per_query, rng)
+        negatives = np.where(negatives < 0, -1, negatives + num_positives[:, None])
         return np.concatenate([positives, negatives], axis=1)
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from codiemb_jax.batch import Task
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data.index import Index
 from codiemb_jax.data.layout import BatchLayout, Layout, PackedLayout, PaddedLayout
 from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.permutation import permute
 from codiemb_jax.data.sampler import Plan, Source, StepPlan
-from codiemb_jax.data.store import Index
 from codiemb_jax.errors import UserError
 from codiemb_jax.text.rows import padded_length
 
@@ -31,7 +31,6 @@ def make_index(task: Task, positives: list[int], negatives: list[int], seed: int
     passages = np.array(positives, np.int64) + np.array(negatives, np.int64)
     longest = MAX["query_max_tokens"] if task == "sts" else MAX["passage_max_tokens"]
     return Index(
-        position=random.permutation(count).astype(np.int64),
         score=random.random(count) if task == "sts" else np.zeros(count),
         query_tokens=random.integers(1, MAX["query_max_tokens"] + 1, count, np.int32),
         positives=np.array(positives, np.int32),
