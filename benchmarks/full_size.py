@@ -31,7 +31,7 @@ from codiemb_jax.models.embed import embed
 from codiemb_jax.sharding import make_mesh
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import Triple
-from codiemb_jax.text.rows import lay_out
+from codiemb_jax.text.rows import Texts, lay_out
 
 TEXTS = (
     "what is the capital of France",
@@ -68,7 +68,7 @@ def smallest_cosine(checkpoint: Path, export: Path) -> float:
     tokens = PromptTokenizer(model.blueprint.tokenizer(), PromptSettings()).tokenize_queries(
         [Triple("Find the answer", "", text) for text in TEXTS], 512
     )
-    rows, _ = lay_out(tokens, np.arange(len(tokens)), len(tokens), max(text.ids.size for text in tokens))
+    rows, _ = lay_out(Texts.join(tokens), np.arange(len(tokens)), len(tokens), max(text.ids.size for text in tokens))
     actual = np.asarray(jax.jit(lambda params: embed(nnx.merge(model.graph, params), rows))(model.load()), np.float64)
     jax.clear_caches()
     qwen3 = AutoModel.from_pretrained(export, dtype=torch.float32).eval()

@@ -81,8 +81,9 @@ def batches(options: argparse.Namespace) -> Iterator[tuple[list[int], list[list[
     run = open_run(open_training_model(Settings.model_validate(settings(options, options.work / "unused", False))))
     for number in range(options.steps):
         plan = run.plan.step(number)
-        examples = run.datasets[0].read(plan.examples)
-        yield plan.examples.tolist(), [[example[i].ids.tolist() for example in examples] for i in range(3)]
+        texts, queries = run.datasets[0].read(plan.examples)
+        ids = [text.ids.tolist() for text in texts.split()]
+        yield plan.examples.tolist(), [[ids[query + i] for query in queries] for i in range(3)]
 
 
 def run_codiemb_jax(options: argparse.Namespace, packing: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh, replicated, row_sharding, row_shards
 from codiemb_jax.text.batches import plan_batches
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
-from codiemb_jax.text.rows import lay_out
+from codiemb_jax.text.rows import Texts, lay_out
 from codiemb_jax.text.sentence import SentencePrompts, SentenceTokenizer
 
 ROW_MULTIPLES = {"cpu": 8, "gpu": 64, "tpu": 128}
@@ -262,7 +262,7 @@ class Embedder:
         for indices, text_rows in track(
             steps, "encoding", len(batches.texts), console=console, disable=not show, transient=True
         ):
-            rows, slots = lay_out([texts[i] for i in indices], text_rows, batches.rows, batches.row_length)
+            rows, slots = lay_out(Texts.join([texts[i] for i in indices]), text_rows, batches.rows, batches.row_length)
             with jax.set_mesh(self._mesh):
                 rows = jax.tree.map(partial(jax.device_put, device=row_sharding(self._mesh)), rows)
                 embeddings = self._embed(self._params, rows, batches.slots)

@@ -817,7 +817,7 @@ def test_damaged_cache_raises_user_error(golden, tmp_path, monkeypatch):
     settings["optimizer"] = {"max_steps": 1}
     run(settings, tmp_path)
     (prepared,) = (tmp_path / "cache").iterdir()
-    for pattern in ("index.npz", "**/*.array_record*", "**/dataset_info.json"):
+    for pattern in ("index/query_tokens.npy", "index/manifest.json", "**/*.array_record*", "**/dataset_info.json"):
         (path,) = prepared.glob(pattern)
         content = path.read_bytes()
         for damaged in (b"", content[: len(content) // 2]):

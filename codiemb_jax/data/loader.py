@@ -44,11 +44,8 @@ class StepSource:
         present = text_rows >= 0
         # The texts of an example are its query and then its passages, so passage j is text j + 1.
         chosen = np.concatenate([np.zeros((stop - start, 1), int), passages + 1], axis=1)
-        texts = [
-            example[i]
-            for example, own, is_present in zip(dataset.read(examples), chosen, present, strict=True)
-            for i in own[is_present]
-        ]
+        texts, queries = dataset.read(examples)
+        texts = texts.take((queries[:, None] + chosen)[present])
         rows, slots = lay_out(texts, text_rows[present], layout.rows, layout.row_length)
         embeddings = np.full(text_rows.shape, -1, np.int32)
         embeddings[present] = text_rows[present] * layout.slots + slots

@@ -40,7 +40,7 @@ class MixedPlan(Plan):
         width = self.settings.positives_per_query + self.settings.negatives_per_query
         parts = []
         for device in range(self.parts):
-            source, examples = self.all.batch(epoch, step * self.parts + device)
+            source, examples = self._draw(self.all, epoch, step * self.parts + device)
             passages = self._passages(source, examples, rng)
             padding = np.full((examples.size, width - passages.shape[1]), -1)
             parts.append((source, examples, np.concatenate([passages, padding], axis=1)))

@@ -9,14 +9,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 
 import numpy as np
 
 from codiemb_jax.batch import TASKS, StepTask, Task
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data.index import Index
 from codiemb_jax.data.layout import BatchLayout, Layout
-from codiemb_jax.data.store import Index
+from codiemb_jax.data.permutation import permute
 from codiemb_jax.errors import UserError, format_problems
 
 _SHUFFLE, _BATCHES, _CHOICES, _SUBSET = range(4)  # independent random streams
@@ -59,43 +59,36 @@ class BatchStream:
     """An infinite stream of batches from some of the datasets.
 
     In each round, every dataset is shuffled and split into batches, which are then shuffled across datasets.
-    Leftover examples are not used until the next round.
+    Leftover examples are not used until the next round. Nothing of this is stored: every position of an order is
+    computed when it is needed, so time and memory do not grow with the datasets.
     """
 
-    def __init__(self, members: Mapping[int, np.ndarray], batch_sizes: Sequence[int], seed: int):
+    def __init__(self, counts: Mapping[int, int], batch_sizes: Sequence[int], seed: int):
         """Creates the stream.
 
         Args:
-          members: The examples of each dataset, by the index of the dataset.
+          counts: The number of examples of each dataset, by the index of the dataset.
           batch_sizes: The batch size of every dataset.
           seed: The seed of the run.
         """
-        self._members, self._sizes, self._seed = members, batch_sizes, seed
-        batches = [
-            (source, batch)
-            for source, examples in members.items()
-            for batch in range(examples.size // batch_sizes[source])
-        ]
-        self._batches = np.array(batches).reshape(-1, 2)
-        self.length = len(batches)
+        self._counts, self._sizes, self._seed = counts, batch_sizes, seed
+        self._sources = list(counts)
+        self._ends = np.cumsum([counts[source] // batch_sizes[source] for source in self._sources])
+        self.length = int(self._ends[-1]) if self._sources else 0
         """Number of batches per round."""
-        self._round = lru_cache(maxsize=2)(self._shuffle_round)
-
-    def _shuffle_round(self, number: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Returns the shuffled (dataset, batch) pairs, [batches, 2], and the shuffled examples of each dataset."""
-        shuffled = {
-            source: examples[np.random.default_rng([self._seed, _SHUFFLE, number, source]).permutation(examples.size)]
-            for source, examples in self._members.items()
-        }
-        key = [self._seed, _BATCHES, number, min(self._members)]
-        return np.random.default_rng(key).permutation(self._batches), shuffled
 
     def batch(self, number: int, position: int) -> tuple[int, np.ndarray]:
-        """Returns the dataset and the examples of the batch at `position` in round `number`, both from 0."""
-        order, shuffled = self._round(number)
-        source, batch = order[position].tolist()
-        size = self._sizes[source]
-        return source, shuffled[source][batch * size : (batch + 1) * size]
+        """Returns the dataset and the examples of the batch at `position` in round `number`, both from 0.
+
+        Examples are numbered from 0 to the dataset's count - 1.
+        """
+        key = [self._seed, _BATCHES, number, self._sources[0]]
+        batch = int(permute(np.array([position]), self.length, key)[0])  # among the batches of all datasets
+        i = int(np.searchsorted(self._ends, batch, side="right"))
+        source = self._sources[i]
+        count, size = self._counts[source], self._sizes[source]
+        start = (batch - int(self._ends[i]) + count // size) * size
+        return source, permute(np.arange(start, start + size), count, [self._seed, _SHUFFLE, number, source])
 
 
 class Plan:
@@ -128,51 +121,56 @@ class Plan:
         self.layout, self.group_sizes = layout, group_sizes
         sizes = {"ir": settings.ir_global_batch_size, "sts": settings.sts_global_batch_size}
         self.batch_sizes = [sizes[source.task] // self.parts for source in sources]
-        members = {i: self._used_examples(source) for i, source in enumerate(sources)}
+        counts = {i: self._count(source) for i, source in enumerate(sources)}
         part = "a device's part of " if self.parts > 1 else ""
         too_small = [
-            f"{source.name}: {members[i].size} examples, {part}data.{source.task}_global_batch_size is "
-            f"{self.batch_sizes[i]}"
+            f"{source.name}: {counts[i]} examples, {part}data.{source.task}_global_batch_size is {self.batch_sizes[i]}"
             for i, source in enumerate(sources)
-            if members[i].size < self.batch_sizes[i]
+            if counts[i] < self.batch_sizes[i]
         ]
         if too_small:
             raise UserError(
                 "datasets smaller than one global batch would never be used; lower the batch size, add examples, merge "
                 "files, or raise data.max_examples:\n" + format_problems(too_small)
             )
-        self.all = BatchStream(members, self.batch_sizes, seed)
+        self.all = BatchStream(counts, self.batch_sizes, seed)
         self.steps_per_epoch = self.all.length // self.parts
         # An exact fraction, so 0.3 means three of ten steps although no float equals 3/10.
         self._share = None if settings.ir_share is None else Fraction(str(settings.ir_share))
         if self._share is not None:
             self._task_streams = {
                 task: BatchStream(
-                    {i: examples for i, examples in members.items() if sources[i].task == task},
-                    self.batch_sizes,
-                    seed,
+                    {i: count for i, count in counts.items() if sources[i].task == task}, self.batch_sizes, seed
                 )
                 for task in TASKS
             }
 
-    def _used_examples(self, source: Source) -> np.ndarray:
-        """Returns the examples of a dataset that are used: all, or a random subset of `max_examples`."""
-        size, limit = source.index.position.size, self.settings.max_examples
-        if limit is None or size <= limit:
-            return np.arange(size)
-        rng = np.random.default_rng([self.seed, _SUBSET, zlib.crc32(source.name.encode())])
-        return np.sort(rng.choice(size, limit, replace=False, shuffle=False))
+    def _count(self, source: Source) -> int:
+        """Returns the number of examples of a dataset that are used."""
+        return min(len(source.index), self.settings.max_examples or len(source.index))
 
     def _batch(self, number: int) -> tuple[int, np.ndarray]:
         """Returns the dataset and the examples of step `number`."""
         if self._share is None:
-            return self.all.batch(*divmod(number, self.all.length))
+            return self._draw(self.all, *divmod(number, self.all.length))
         ir_before, ir_after = (math.floor(steps * self._share) for steps in (number, number + 1))
         if ir_after > ir_before:
             stream, number = self._task_streams["ir"], ir_before
         else:
             stream, number = self._task_streams["sts"], number - ir_before
-        return stream.batch(*divmod(number, stream.length))
+        return self._draw(stream, *divmod(number, stream.length))
+
+    def _draw(self, stream: BatchStream, number: int, position: int) -> tuple[int, np.ndarray]:
+        """Returns the dataset and the examples, as indices in file order, of a batch of a stream.
+
+        The subset of `max_examples` is the beginning of a permutation of all examples.
+        """
+        i, examples = stream.batch(number, position)
+        source = self.sources[i]
+        if self._count(source) == len(source.index):
+            return i, examples
+        key = [self.seed, _SUBSET, zlib.crc32(source.name.encode())]
+        return i, permute(examples, len(source.index), key)
 
     def step(self, number: int) -> StepPlan:
         """Returns the plan of step `number`, from 0."""
@@ -188,10 +186,13 @@ class Plan:
         """Assembles a plan from (dataset, examples, passages) parts."""
         settings = self.settings
         limits = {"ir": max(settings.query_max_tokens, settings.passage_max_tokens), "sts": settings.query_max_tokens}
-        lengths = np.concatenate([self._lengths(*part) for part in parts])
+        limit = limits.get(task, limits["ir"])
+        lengths = np.concatenate(
+            [self.sources[source].index.lengths(examples, passages, limit) for source, examples, passages in parts]
+        )
         # In a mixed step, each device is a group of its own.
         group_size = lengths.shape[0] // self.parts if task == "mixed" else self.group_sizes[task]
-        layout = self.layout(lengths, limits.get(task, limits["ir"]), group_size)
+        layout = self.layout(lengths, limit, group_size)
         return StepPlan(
             number=number,
             epoch=number // self.steps_per_epoch,
@@ -203,21 +204,14 @@ class Plan:
             tokens=int(lengths.sum()),
         )
 
-    def _lengths(self, source: int, examples: np.ndarray, passages: np.ndarray) -> np.ndarray:
-        """Returns the number of tokens of each query and its passages, int [examples, 1 + passages]; 0 for padding."""
-        index = self.sources[source].index
-        rows = index.passage_offsets[examples][:, None] + passages
-        passage_tokens = np.where(passages < 0, 0, index.passage_tokens[rows])
-        return np.concatenate([index.query_tokens[examples][:, None], passage_tokens], axis=1)
-
     def _passages(self, source: int, examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws the passages of each example, int [examples, passages]."""
+        num_positives, num_negatives = self.sources[source].index.counts(examples)
         if self.sources[source].task == "sts":
             return np.zeros((examples.size, 1), int)
-        settings, index = self.settings, self.sources[source].index
-        positives = _choose(index.positives[examples], settings.positives_per_query, rng)
-        negatives = _choose(index.negatives[examples], settings.negatives_per_query, rng)
-        negatives = np.where(negatives < 0, -1, negatives + index.positives[examples][:, None])
+        positives = _choose(num_positives, self.settings.positives_per_query, rng)
+        negatives = _choose(num_negatives, self.settings.negatives_per_query, rng)
+        negatives = np.where(negatives < 0, -1, negatives + num_positives[:, None])
         return np.concatenate([positives, negatives], axis=1)
 
 

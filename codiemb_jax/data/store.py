@@ -1,9 +1,6 @@
 """Prepared datasets: tokens in ArrayRecord files, and an index for planning without reading them."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,53 +8,20 @@ from typing import Any
 import numpy as np
 
 from codiemb_jax.batch import Task
-from codiemb_jax.errors import UserError, shorten
+from codiemb_jax.data.index import Index, Totals, read_errors
+from codiemb_jax.errors import UserError
 from codiemb_jax.files import local_path
-from codiemb_jax.text.prompts import Tokens
+from codiemb_jax.text.rows import Texts
 
-INDEX = "index.npz"
-"""File name of the index. It is written last, so a folder that contains it is complete."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """Lengths, counts and scores of all examples, in file order."""
-
-    position: np.ndarray
-    """int64 [examples]: row in the ArrayRecord files, because TensorFlow Datasets reorders examples by key hash"""
-    score: np.ndarray
-    """float64 [examples]: score of the STS pair; 0 for IR"""
-    query_tokens: np.ndarray
-    """int32 [examples]: number of tokens of the query"""
-    positives: np.ndarray
-    """int32 [examples]: number of positives; 1 for STS"""
-    negatives: np.ndarray
-    """int32 [examples]: number of negatives; 0 for STS"""
-    passage_offsets: np.ndarray
-    """int64 [examples + 1]: example i has passages passage_offsets[i] … passage_offsets[i + 1] - 1"""
-    passage_tokens: np.ndarray
-    """int32 [passages]: number of tokens; the positives of an example come before its negatives"""
-    passage_hashes: np.ndarray
-    """uint64 [passages]: `Triple.hash` of each passage, in the same order"""
-
-    def save(self, path: Path) -> None:
-        """Writes the arrays atomically."""
-        unfinished = path.with_name(path.name + ".tmp")
-        with unfinished.open("wb") as file:
-            np.savez(file, allow_pickle=False, **asdict(self))
-        unfinished.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Index":
-        with _read_errors(path.parent), np.load(path, allow_pickle=False) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+BUILDER, BUILDER_VERSION = "tokenized_texts", "2.0.0"
+"""Name and version of the TensorFlow Datasets builder in `records`, which names the folders of each part."""
 
 
 class PreparedDataset:
     """A tokenized data file. Pickles as its paths and opens its files on first use."""
 
     def __init__(self, path: Path, task: Task, folder: Path):
-        """Loads the index.
+        """Opens the index.
 
         Args:
           path: The original data file.
@@ -70,51 +34,59 @@ class PreparedDataset:
         self.path = path
         self.task = task
         self.folder = folder
-        self.index = Index.load(folder / INDEX)
+        self.totals = Totals.read(folder)
+        self.index = Index.open(folder, self.totals)
 
     def __reduce__(self) -> tuple[type["PreparedDataset"], tuple[Path, Task, Path]]:
         return PreparedDataset, (self.path, self.task, self.folder)
 
     def __len__(self) -> int:
-        return self.index.position.size
+        return len(self.index)
 
     @cached_property
-    def _rows(self) -> Any:
+    def _records(self) -> Any:
         return open_parts(self.folder)
 
-    def read(self, examples: np.ndarray) -> list[list[Tokens]]:
-        """Reads the texts (query, positives, negatives) of each of `examples`, given as indices in file order."""
-        with _read_errors(self.folder):
-            rows = self._rows.__getitems__(self.index.position[examples].tolist())
-        return [
-            [
-                Tokens(ids, int(content_start))
-                for ids, content_start in zip(
-                    np.split(row["tokens"], np.cumsum(row["lengths"])[:-1]), row["content"], strict=True
-                )
-            ]
-            for row in rows
-        ]
+    def read(self, examples: np.ndarray) -> tuple[Texts, np.ndarray]:
+        """Reads all texts of some examples.
+
+        Args:
+          examples: int [n], indices in file order.
+
+        Returns:
+          The texts: the query, the positives and the negatives of each example; and the index of the query of each
+          example among them, int64 [n].
+
+        Raises:
+          UserError: If the dataset is damaged, or its texts do not have the lengths in the index.
+        """
+        index = self.index
+        starts = index.passage_offsets[examples]
+        counts = index.passage_offsets[examples + 1] - starts
+        queries = np.cumsum(counts + 1) - (counts + 1)
+        is_passage = np.ones(int(counts.sum()) + counts.size, bool)
+        is_passage[queries] = False
+        expected = np.empty(is_passage.size, np.int32)
+        expected[queries] = index.query_tokens[examples]
+        rows = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        expected[is_passage] = index.passage_tokens[rows]
+        with read_errors(self.folder):
+            records = self._records.__getitems__(examples.tolist())
+            ids, lengths, content_starts = (
+                np.concatenate([np.empty(0, np.int32), *(record[name] for record in records)])
+                for name in ("tokens", "lengths", "content_starts")
+            )
+            if not np.array_equal(lengths, expected) or ids.size != lengths.sum():
+                raise ValueError("the lengths of texts differ from the index")
+            if content_starts.size != lengths.size or not ((content_starts >= 0) & (content_starts < lengths)).all():
+                raise ValueError("content_starts are out of range")
+        return Texts(ids, lengths, content_starts), queries
 
     def scores(self, examples: np.ndarray) -> np.ndarray:
         """Returns the scores of `examples`, given as indices in file order, as float32 [examples]; NaN for IR."""
         if self.task == "ir":
             return np.full(len(examples), np.nan, np.float32)
         return self.index.score[examples].astype(np.float32)
-
-
-BUILDER, BUILDER_VERSION = "tokenized_texts", "1.0.0"
-"""Name and version of the TensorFlow Datasets builder in `prepare`, which names the folders of each part."""
-
-
-@contextmanager
-def _read_errors(folder: Path) -> Iterator[None]:
-    """Raises `UserError` if a prepared dataset cannot be read."""
-    try:
-        yield
-    except Exception as error:  # the libraries raise many types of errors
-        reason = shorten(" ".join(str(error).split()), 200)
-        raise UserError(f"{folder}: the prepared dataset is damaged ({reason}); delete the folder") from error
 
 
 def cache_folder() -> Path:
@@ -130,7 +102,7 @@ def cache_folder() -> Path:
 
 
 def open_parts(folder: Path) -> Any:
-    """Opens all parts of a prepared dataset as one random-access sequence of examples."""
+    """Opens all parts of a prepared dataset as one random-access sequence of examples, in file order."""
     import tensorflow_datasets as tfds  # slow to import, and not needed for planning
 
     parts = sorted(folder.glob(f"*/{BUILDER}/{BUILDER_VERSION}"))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
@@ -88,7 +89,7 @@ class PromptTokenizer:
         # The backend tokenizer is three times as fast and never warns about long texts.
         self._tokenizer = tokenizer.backend_tokenizer
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._special_ids("begin", prompt.begin, special)
+        self._begin = self._special_ids("begin", prompt.begin, special)
         self._end = self._special_ids("end", prompt.end, special)
         # The default instruction is left out because texts get their instruction only from their triple.
         strings = [prompt.begin, prompt.query, prompt.passage, prompt.end]
@@ -143,10 +144,16 @@ class PromptTokenizer:
     def _tokenize_after(self, prompts: Sequence[str], contents: Sequence[str], max_tokens: int) -> list[Tokens]:
         texts = [prompt + content + self._prompt.end for prompt, content in zip(prompts, contents, strict=True)]
         tokenized, min_limits, no_tokens = [], {}, []
-        # Special tokens never merge with preceding text, so the last tokens are exactly those of the end string.
+        # Special tokens never merge with other text, so the first and last tokens are exactly those of begin and end.
         num_end = len(self._end)
-        for i, (prompt, (ids, offsets)) in enumerate(zip(prompts, self._tokenize(texts), strict=True)):
-            start = _content_start(offsets, len(prompt))
+        if all(prompt == self._prompt.begin for prompt in prompts):
+            tokens = [(ids, len(self._begin)) for ids in self._tokenize_ids(texts)]
+        else:
+            tokens = [
+                (ids, _content_start(offsets, len(prompt)))
+                for prompt, (ids, offsets) in zip(prompts, self._tokenize(texts), strict=True)
+            ]
+        for i, (ids, start) in enumerate(tokens):
             if start >= len(ids) - num_end:
                 no_tokens.append(i)
             elif len(ids) > max_tokens and start >= max_tokens - num_end:
@@ -159,15 +166,26 @@ class PromptTokenizer:
         return tokenized
 
     def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Returns the token ids and character offsets of each text."""
+        with self._untruncated() as tokenizer:
+            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+            return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def _tokenize_ids(self, texts: list[str]) -> list[list[int]]:
+        """Returns only the token ids of each text, which is one and a half times as fast."""
+        with self._untruncated() as tokenizer:
+            return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @contextmanager
+    def _untruncated(self) -> Iterator[Tokenizer]:
         # Truncation and padding are state of the tokenizer, set by tokenizer.json or by its last caller.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         with tokenizer_errors():
-            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-            return [(encoding.ids, encoding.offsets) for encoding in encodings]
+            yield self._tokenizer
 
     def _special_ids(self, field: str, literal: str, special: set[str]) -> list[int]:
-        ids = self._tokenize([literal])[0][0]
+        (ids,) = self._tokenize_ids([literal])
         tokens = [self._tokenizer.id_to_token(i) or "" for i in ids]
         # Comparing the strings rules out the unknown token, which is special but replaces other characters.
         if not special.issuperset(tokens) or "".join(tokens) != literal:

@@ -33,7 +33,7 @@ class Triple(NamedTuple):
     @classmethod
     def stripped(cls, task: str, instance: str, text: str) -> "Triple":
         """Creates a triple from parts stripped of tabs, newlines, spaces and colons at both ends."""
-        return cls(*(part.strip("\t\n :") for part in (task, instance, text)))
+        return cls(task.strip("\t\n :"), instance.strip("\t\n :"), text.strip("\t\n :"))
 
     def hash(self) -> int:
         """Returns a 64-bit hash, equal for equal triples in every process."""
@@ -129,21 +129,69 @@ def read_records(path: Path, task: Task) -> Iterator[Record]:
     """
     problems: list[str] = []
     empty = True
+    for record in read_lines(path, task, Lines(0, path.stat().st_size, 1), problems):
+        empty = False
+        if not problems:
+            yield record
+    check_records(path, task, empty, problems)
+
+
+class Lines(NamedTuple):
+    """Consecutive lines of a file."""
+
+    start: int
+    """Index of the first byte."""
+    stop: int
+    """Index after the last byte."""
+    first: int
+    """Number of the first line, from 1."""
+
+
+def split_lines(path: Path, num_bytes: int) -> Iterator[Lines]:
+    """Splits a file at the ends of lines into parts of at least `num_bytes`, except for the last."""
+    start, line = 0, 1
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            empty = False
-            record = _LineParser(number, task).parse(line)
-            if isinstance(record, Record):
-                if not problems:
+        while content := file.read(num_bytes):
+            newlines = content.count(b"\n")
+            if not content.endswith(b"\n"):
+                newlines += file.readline().endswith(b"\n")
+            yield Lines(start, file.tell(), line)
+            start, line = file.tell(), line + newlines
+
+
+def read_lines(path: Path, task: Task, lines: Lines, problems: list[str]) -> Iterator[Record]:
+    """Yields the records of valid lines, and adds the problems of the others as `FILE:LINE: field: problem`."""
+    with path.open("rb") as file:
+        file.seek(lines.start)
+        remaining = lines.stop - lines.start
+        number = lines.first
+        while remaining > 0 and (line := file.readline()):
+            if line.strip():
+                record = _LineParser(number, task).parse(line)
+                if isinstance(record, Record):
                     yield record
-            else:
-                problems += [f"{path}:{number}: {problem}" for problem in record]
-    if empty:
-        raise UserError(f"{path}: the file is empty, expected one JSON object per line")
+                else:
+                    problems += [f"{path}:{number}: {problem}" for problem in record]
+            remaining -= len(line)
+            number += 1
+
+
+def check_records(path: Path, task: Task, empty: bool, problems: Sequence[str]) -> None:
+    """Checks that a file that was read has valid records.
+
+    Args:
+      path: The file.
+      task: The task of its data.
+      empty: Whether the file has no valid line.
+      problems: The problems of its invalid lines.
+
+    Raises:
+      UserError: If the file has invalid lines or none at all.
+    """
     if problems:
         raise UserError(f"invalid {task} data:\n{format_problems(problems)}")
+    if empty:
+        raise UserError(f"{path}: the file is empty, expected one JSON object per line")
 
 
 class _Object:
@@ -219,10 +267,12 @@ class _LineParser:
             self._problem("task_type", _format(value), f"'{self.task}'")
 
     def _triple(self, field: str, value: Any) -> Triple:
-        if type(value) is not list or len(value) != 3 or not all(isinstance(part, str) for part in value):
-            self._problem(field, _format(value), TRIPLE)
-            return INVALID
-        triple = Triple.stripped(*value)
+        match value:
+            case [str(), str(), str()]:
+                triple = Triple.stripped(*value)
+            case _:
+                self._problem(field, _format(value), TRIPLE)
+                return INVALID
         try:
             "".join(triple).encode()
         except UnicodeEncodeError:

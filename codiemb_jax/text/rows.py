@@ -1,6 +1,7 @@
 """Lays out tokenized texts in rows: one text per row, or packed."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,7 +9,41 @@ from codiemb_jax.batch import TokenRows
 from codiemb_jax.text.prompts import Tokens
 
 
-def lay_out(texts: Sequence[Tokens], rows: np.ndarray, num_rows: int, row_length: int) -> tuple[TokenRows, np.ndarray]:
+class Texts(NamedTuple):
+    """Tokenized texts in one array, without an object per text."""
+
+    ids: np.ndarray
+    """int32 [tokens]: the tokens of all texts"""
+    lengths: np.ndarray
+    """int [texts]: number of tokens of each text"""
+    content_starts: np.ndarray
+    """int [texts]: `Tokens.content_start` of each text"""
+
+    @classmethod
+    def join(cls, texts: Sequence[Tokens]) -> "Texts":
+        return cls(
+            np.concatenate([np.empty(0, np.int32), *(text.ids for text in texts)]),
+            np.array([text.ids.size for text in texts], np.int32),
+            np.array([text.content_start for text in texts], np.int32),
+        )
+
+    def take(self, indices: np.ndarray) -> "Texts":
+        """Returns the texts at some indices, in their order."""
+        lengths = self.lengths[indices].astype(np.int64)
+        starts = (np.cumsum(self.lengths, dtype=np.int64) - self.lengths)[indices]
+        index = np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+        return Texts(self.ids[index], lengths, self.content_starts[indices])
+
+    def split(self) -> list[Tokens]:
+        """Returns the texts one by one."""
+        ends = np.cumsum(self.lengths)
+        return [
+            Tokens(self.ids[end - length : end], int(start))
+            for end, length, start in zip(ends, self.lengths, self.content_starts, strict=True)
+        ]
+
+
+def lay_out(texts: Texts, rows: np.ndarray, num_rows: int, row_length: int) -> tuple[TokenRows, np.ndarray]:
     """Lays out texts in rows.
 
     Args:
@@ -21,23 +56,23 @@ def lay_out(texts: Sequence[Tokens], rows: np.ndarray, num_rows: int, row_length
       The rows, and the slot of each text: its index among the texts of its row, int [texts].
     """
     fields = {name: np.zeros((num_rows, row_length), np.int32) for name in TokenRows._fields}
-    slots = np.zeros(len(texts), np.int64)
-    if not texts:
+    slots, columns = np.zeros(rows.size, np.int64), np.zeros(rows.size, np.int64)
+    if not rows.size:
         return TokenRows(**fields), slots
+    lengths = texts.lengths.astype(np.int64)
     order = np.argsort(rows, kind="stable")
-    lengths = np.array([texts[i].ids.size for i in order])
     sorted_rows = rows[order]
     is_first = np.concatenate([[True], sorted_rows[1:] != sorted_rows[:-1]])
     first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]  # index in `order` of the first text of the same row
-    slots[order] = np.arange(len(texts)) - first
-    starts = np.cumsum(lengths) - lengths
-    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-    index = np.repeat(sorted_rows * row_length + starts - starts[first], lengths) + positions
-    fields["tokens"].flat[index] = np.concatenate([texts[i].ids for i in order])
-    fields["positions"].flat[index] = positions
-    fields["segment_ids"].flat[index] = np.repeat(slots[order] + 1, lengths)
-    content_starts = np.array([texts[i].content_start for i in order])
-    fields["pooling_mask"].flat[index] = positions >= np.repeat(content_starts, lengths)
+    slots[order] = np.arange(rows.size) - first
+    starts = np.cumsum(lengths[order]) - lengths[order]
+    columns[order] = starts - starts[first]
+    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    index = np.repeat(rows * row_length + columns, lengths) + positions
+    fields["tokens"].ravel()[index] = texts.ids
+    fields["positions"].ravel()[index] = positions
+    fields["segment_ids"].ravel()[index] = np.repeat(slots + 1, lengths)
+    fields["pooling_mask"].ravel()[index] = positions >= np.repeat(texts.content_starts, lengths)
     return TokenRows(**fields), slots
 
 

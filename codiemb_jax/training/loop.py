@@ -171,9 +171,9 @@ def log_data_problems(run: Run) -> None:
     for dataset in run.datasets:
         if dataset.path.resolve() in held_out:
             console.print(f"note: {dataset.path} is both training and held-out data", soft_wrap=True, markup=False)
-        scores = dataset.index.score
-        if scores.size and (scores.min() < 0 or scores.max() > 1):
-            span = f"{scores.min():g} to {scores.max():g}"
+        totals = dataset.totals
+        if totals.min_score < 0 or totals.max_score > 1:
+            span = f"{totals.min_score:g} to {totals.max_score:g}"
             console.print(
                 f"note: {dataset.path} has scores from {span}; scale them to [0, 1]", soft_wrap=True, markup=False
             )

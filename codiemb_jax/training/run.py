@@ -97,7 +97,7 @@ def open_run(setup: TrainingSetup) -> Run:
     ]
     names = dataset_names([dataset.path for dataset in datasets])
     sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
-    check_negatives(settings, sources)
+    check_negatives(settings, names, datasets)
     layout = batch_layout(settings, setup.mesh, backend=attention_backend(setup))
     if settings.data.sampler == "mixed":
         plan: Plan = MixedPlan(sources, settings.data, settings.seed, layout)
@@ -210,7 +210,7 @@ def check_objectives(settings: Settings) -> None:
             )
 
 
-def check_negatives(settings: Settings, sources: Sequence[Source]) -> None:
+def check_negatives(settings: Settings, names: Sequence[str], datasets: Sequence[PreparedDataset]) -> None:
     """Checks that the data has the negatives that the objectives need.
 
     Raises:
@@ -218,7 +218,11 @@ def check_negatives(settings: Settings, sources: Sequence[Source]) -> None:
     """
     for task in settings.tasks:
         if OBJECTIVES[task.objective][task.name].needs_negatives:
-            missing = [s.name for s in sources if s.task == task.name and not s.index.negatives.any()]
+            missing = [
+                name
+                for name, dataset in zip(names, datasets, strict=True)
+                if dataset.task == task.name and not dataset.totals.with_negatives
+            ]
             if missing:
                 reason = (
                     f"objective.{task.name}: {task.objective} compares positives with negatives, which are missing in"

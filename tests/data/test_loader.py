@@ -20,7 +20,7 @@ from codiemb_jax.data.store import PreparedDataset
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.records import Triple
-from codiemb_jax.text.rows import rows_per_chunk
+from codiemb_jax.text.rows import Texts, rows_per_chunk
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
 LIMITS = {"query_max_tokens": 64, "passage_max_tokens": 32}
@@ -422,7 +422,7 @@ def test_hosts_read_only_their_examples_and_assemble_the_global_batch(
     read: list[tuple[str, int]] = []
     original = PreparedDataset.read
 
-    def record_read(self: PreparedDataset, examples: np.ndarray) -> list[list[Tokens]]:
+    def record_read(self: PreparedDataset, examples: np.ndarray) -> tuple[Texts, np.ndarray]:
         read.extend((self.task, example) for example in examples.tolist())
         return original(self, examples)
 

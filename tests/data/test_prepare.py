@@ -1,12 +1,17 @@
 """Tests prepared datasets."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.data import prepare as module
+from codiemb_jax.data import tokenize
+from codiemb_jax.data.index import DTYPES, IndexWriter, Totals
 from codiemb_jax.data.prepare import prepare
-from codiemb_jax.data.store import Index, PreparedDataset, cache_folder
+from codiemb_jax.data.store import PreparedDataset, cache_folder, open_parts
 from codiemb_jax.errors import UserError
-from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.records import dataset_names, read_records
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
@@ -69,8 +76,19 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
+def read(data: PreparedDataset, examples: Sequence[int]) -> list[list[Tokens]]:
+    """Reads the texts of each example."""
+    texts, queries = data.read(np.array(examples, np.int64))
+    return np.split(np.fromiter(texts.split(), object, len(texts.lengths)), queries)[1:]
+
+
 def as_lists(texts) -> list[tuple[list[int], int]]:
     return [(text.ids.tolist(), text.content_start) for text in texts]
+
+
+def rows_on_disk(data: PreparedDataset) -> list[list[int]]:
+    """Returns the tokens of all rows in the order in which TensorFlow Datasets has them."""
+    return [row["tokens"].tolist() for row in open_parts(data.folder)]
 
 
 def assert_same_tokens(actual, expected) -> None:
@@ -80,15 +98,14 @@ def assert_same_tokens(actual, expected) -> None:
 
 @pytest.mark.parametrize("part_tokens", [2**26, 5000])
 def test_ir_tokens_and_index_are_in_file_order(tmp_path, prompt_tokenizer, cache, monkeypatch, part_tokens):
-    monkeypatch.setattr(module, "PART_TOKENS", part_tokens)
+    monkeypatch.setattr(tokenize, "PART_TOKENS", part_tokens)
     path = write_ir(tmp_path / "some data.jsonl")
     data = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
     assert (dataset_names([data.path]), data.path, data.task, len(data)) == (["some data"], path, "ir", 300)
     index = data.index
-    assert not np.array_equal(index.position, np.arange(300))  # otherwise the test would prove nothing
-    assert sorted(index.position) == list(range(300))
     assert len(list(data.folder.glob("0*"))) == (1 if part_tokens > 5000 else 6)
-    texts = data.read(np.arange(300))
+    texts = read(data, range(300))
+    assert rows_on_disk(data) == [[token for text in example for token in text.ids] for example in texts]
     for number, record in enumerate(read_records(path, "ir")):
         expected = prompt_tokenizer.tokenize_queries([record.query], 40)
         expected += prompt_tokenizer.tokenize_passages([*record.positives, *record.negatives], 24)
@@ -101,17 +118,26 @@ def test_ir_tokens_and_index_are_in_file_order(tmp_path, prompt_tokenizer, cache
         hashes = [triple.hash() for triple in (*record.positives, *record.negatives)]
         assert index.passage_hashes[rows].tolist() == hashes
     assert index.passage_offsets[-1] == index.passage_tokens.size
-    assert [value.dtype.name for value in vars(index).values()] == [
-        "int64", "float64", "int32", "int32", "int32", "int64", "int32", "uint64",
-    ]  # fmt: skip
+    assert {name: getattr(index, name).dtype for name in DTYPES} == DTYPES
+    assert data.totals == Totals(
+        examples=300,
+        passages=index.passage_tokens.size,
+        tokens=sum(text.ids.size for example in texts for text in example),
+        longest=max(text.ids.size for example in texts for text in example),
+        with_negatives=int((index.negatives > 0).sum()),
+        full=int((index.query_tokens == 40).sum() + (index.passage_tokens == 24).sum()),
+        min_score=0.0,
+        max_score=0.0,
+    )
+    assert data.totals.full > 0
 
 
 def test_examples_are_read_in_the_requested_order(tmp_path, prompt_tokenizer, cache):
     data = prepare(write_ir(tmp_path / "a.jsonl", 60), "ir", prompt_tokenizer, cache=cache, **LIMITS)
-    expected = data.read(np.arange(60))
-    for example, texts in zip([7, 3, 7, 59], data.read(np.array([7, 3, 7, 59])), strict=True):
+    expected = read(data, range(60))
+    for example, texts in zip([7, 3, 7, 59], read(data, [7, 3, 7, 59]), strict=True):
         assert_same_tokens(texts, expected[example])
-    assert data.read(np.array([], np.int64)) == []
+    assert read(data, []) == []
 
 
 def test_sts_pairs_are_stored_as_queries_with_their_score(tmp_path, prompt_tokenizer, cache):
@@ -121,7 +147,7 @@ def test_sts_pairs_are_stored_as_queries_with_their_score(tmp_path, prompt_token
     assert data.scores(np.array([4, 0])).tolist() == [0.25, np.float32(0.1 + 0.2)]
     assert data.scores(np.array([4])).dtype == np.float32
     assert data.index.positives.tolist() == [1] * 5 and data.index.negatives.tolist() == [0] * 5
-    for texts, record in zip(data.read(np.arange(5)), read_records(data.path, "sts"), strict=True):
+    for texts, record in zip(read(data, range(5)), read_records(data.path, "sts"), strict=True):
         assert_same_tokens(texts, prompt_tokenizer.tokenize_queries([record.query, *record.positives], 40))
 
 
@@ -132,12 +158,13 @@ def test_prepared_file_is_not_tokenized_again(tmp_path, prompt_tokenizer, cache,
     def fail(*_):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(PromptTokenizer, "_tokenize", fail)
+    monkeypatch.setattr(PromptTokenizer, "_tokenize_after", fail)
     second = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
     assert second.folder == first.folder
-    assert_same_tokens(second.read(np.array([5]))[0], first.read(np.array([5]))[0])
-    for name, value in vars(first.index).items():
-        assert np.array_equal(value, getattr(second.index, name))
+    assert_same_tokens(read(second, [5])[0], read(first, [5])[0])
+    assert first.totals == second.totals
+    for name in DTYPES:
+        assert np.array_equal(getattr(first.index, name), getattr(second.index, name))
 
 
 def test_changed_inputs_create_a_new_dataset(tmp_path, tokenizer, make_tokenizer, cache):
@@ -159,6 +186,128 @@ def test_changed_inputs_create_a_new_dataset(tmp_path, tokenizer, make_tokenizer
     assert sorted(cache.iterdir()) == sorted(folders)
 
 
+@pytest.fixture
+def small_parts(monkeypatch) -> None:
+    """Makes `prepare` tokenize even small files in several processes."""
+    for name, value in {"PROCESS_BYTES": 4000, "MIN_PART_BYTES": 3000}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "available_processors", lambda: 2)
+
+
+def test_processes_write_the_same_dataset(tmp_path, prompt_tokenizer, cache, small_parts, monkeypatch):
+    path = write_ir(tmp_path / "a.jsonl")
+    parallel = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
+    assert len(list(parallel.folder.glob("0*"))) > 10
+    assert multiprocessing.active_children() == []
+    monkeypatch.setattr(module, "PROCESS_BYTES", 2**40)
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 2**22)
+    data = prepare(path, "ir", prompt_tokenizer, cache=tmp_path / "other", **LIMITS)
+    assert len(list(data.folder.glob("0*"))) == 1
+    assert rows_on_disk(parallel) == rows_on_disk(data)
+    for actual, expected in zip(read(parallel, range(300)), read(data, range(300)), strict=True):
+        assert_same_tokens(actual, expected)
+    assert parallel.totals == data.totals
+    for name in DTYPES:
+        assert np.array_equal(getattr(parallel.index, name), getattr(data.index, name))
+
+
+def test_processes_list_all_problems_in_order(tmp_path, prompt_tokenizer, cache, small_parts):
+    path = write_ir(tmp_path / "a.jsonl")
+    lines = path.read_text().splitlines()
+    broken = [10, 11, len(lines) // 2, len(lines) - 1]
+    for number in broken:
+        lines[number] = "{"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
+    head, *problems = str(caught.value).splitlines()
+    assert head == "invalid ir data:"
+    assert [problem.split(": ")[0] for problem in problems] == [f"  {path}:{number + 1}" for number in broken]
+    assert list(cache.iterdir()) == [] and multiprocessing.active_children() == []
+
+
+class BrokenTokenizer:
+    """Stands in for `PromptTokenizer` and fails in the process that uses it."""
+
+    fingerprint = "none"
+
+    def __init__(self, failure: str, folder: Path):
+        self.failure, self.folder = failure, folder
+
+    def tokenize_queries(self, triples, max_tokens):
+        if self.failure == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.failure == "slow":
+            with (self.folder / f"{os.getpid()}.lock").open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until this process ends
+                time.sleep(300)
+        raise {"full disk": OSError(28, "No space left on device"), "bug": ZeroDivisionError("bug")}[self.failure]
+
+
+def count_running(folder: Path) -> int:
+    """Returns the number of processes that tokenize with a slow `BrokenTokenizer`."""
+    count = 0
+    for path in folder.glob("*.lock"):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                count += 1
+    return count
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "message"),
+    [
+        ("killed", UserError, "a.jsonl: a process that tokenizes it was killed, perhaps because memory ran out"),
+        ("full disk", UserError, "a.jsonl: cannot be prepared in the cache .*: .* No space left on device"),
+        ("bug", ZeroDivisionError, "bug"),
+    ],
+)
+def test_failing_process_leaves_nothing_behind(failure, error, message, tmp_path, cache, small_parts):
+    path = write_ir(tmp_path / "a.jsonl")
+    with pytest.raises(error, match=message):
+        prepare(path, "ir", BrokenTokenizer(failure, tmp_path), cache=cache, **LIMITS)
+    assert list(cache.iterdir()) == [] and multiprocessing.active_children() == []
+
+
+def test_interruption_ends_processes_and_leaves_nothing_behind(tmp_path, cache, small_parts):
+    path = write_ir(tmp_path / "a.jsonl")
+
+    def interrupt():
+        wait_until(lambda: count_running(tmp_path) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, "ir", BrokenTokenizer("slow", tmp_path), cache=cache, **LIMITS)
+    assert list(cache.iterdir()) == [] and multiprocessing.active_children() == []
+    assert count_running(tmp_path) == 0 and len(list(tmp_path.glob("*.lock"))) == 2
+
+
+def prepare_slowly(path: Path, cache: Path) -> None:
+    """Runs in a process that will be killed."""
+    module.PROCESS_BYTES, module.MIN_PART_BYTES, module.available_processors = 4000, 3000, lambda: 2
+    prepare(path, "ir", BrokenTokenizer("slow", path.parent), cache=cache, **LIMITS)
+
+
+def test_processes_end_when_the_main_process_is_killed(tmp_path, cache):
+    path = write_ir(tmp_path / "a.jsonl")
+    process = multiprocessing.get_context("spawn").Process(target=prepare_slowly, args=(path, cache))
+    process.start()
+    wait_until(lambda: count_running(tmp_path) == 2)
+    process.kill()
+    process.join()
+    wait_until(lambda: count_running(tmp_path) == 0)
+
+
 def test_invalid_lines_leave_nothing_behind(tmp_path, prompt_tokenizer, cache):
     path = write_ir(tmp_path / "a.jsonl")
     with path.open("a") as file:
@@ -172,7 +321,7 @@ def test_interruption_leaves_nothing_behind(tmp_path, prompt_tokenizer, cache, m
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Index, "save", interrupt)
+    monkeypatch.setattr(IndexWriter, "finish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(write_ir(tmp_path / "a.jsonl"), "ir", prompt_tokenizer, cache=cache, **LIMITS)
     assert list(cache.iterdir()) == []
@@ -213,7 +362,7 @@ def test_twenty_texts_without_content_and_their_number_are_reported(tmp_path, le
 def test_leftovers_of_killed_processes_are_removed(tmp_path, prompt_tokenizer, cache):
     path = write_ir(tmp_path / "a.jsonl", 3)
     folder = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS).folder
-    (folder / "index.npz").unlink()  # now the dataset is incomplete
+    (folder / "index" / "manifest.json").unlink()  # now the dataset is incomplete
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host = module.socket.gethostname().replace(".", "-")
@@ -224,33 +373,33 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path, prompt_tokenizer, c
     for leftover in (*names.values(), other_host):
         (leftover / "unfinished").mkdir(parents=True)
     data = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
-    assert len(data.read(np.arange(3))) == 3
+    assert len(read(data, range(3))) == 3
     assert sorted(cache.iterdir()) == sorted([folder, names[os.getppid()], other_host])
 
 
 def test_prepared_dataset_pickles_as_paths(tmp_path, prompt_tokenizer, cache):
     data = prepare(write_ir(tmp_path / "a.jsonl"), "ir", prompt_tokenizer, cache=cache, **LIMITS)
-    expected = data.read(np.arange(9))
+    expected = read(data, range(9))
     pickled = pickle.dumps(data)  # after it has been opened
     assert len(pickled) < 1000
     unpickled = pickle.loads(pickled)
     assert isinstance(unpickled, PreparedDataset) and unpickled.path == data.path and unpickled.task == "ir"
-    for actual_texts, expected_texts in zip(unpickled.read(np.arange(9)), expected, strict=True):
+    for actual_texts, expected_texts in zip(read(unpickled, range(9)), expected, strict=True):
         assert_same_tokens(actual_texts, expected_texts)
 
 
 def prepare_together(tokenizer: Path, path: Path, cache: Path, barrier, results) -> None:
     """Runs in each of two processes, which start to write only after both have found no dataset."""
-    write = module._DatasetWriter.write
+    write = module.write_dataset
 
-    def write_together(self, folder):
+    def write_together(file, folder):
         barrier.wait(timeout=120)
-        write(self, folder)
+        write(file, folder)
 
-    module._DatasetWriter.write = write_together
+    module.write_dataset = write_together
     prompt_tokenizer = PromptTokenizer(PreTrainedTokenizerFast.from_pretrained(tokenizer), PROMPT)
     data = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
-    results.put((data.folder.name, [[t.ids.tolist() for t in texts] for texts in data.read(np.arange(60))]))
+    results.put((data.folder.name, [[t.ids.tolist() for t in texts] for texts in read(data, range(60))]))
 
 
 def test_two_processes_prepare_the_same_file(tmp_path, tokenizer, prompt_tokenizer, cache):
@@ -269,7 +418,7 @@ def test_two_processes_prepare_the_same_file(tmp_path, tokenizer, prompt_tokeniz
     assert first == second
     data = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
     assert list(cache.iterdir()) == [data.folder]
-    assert first == (data.folder.name, [[t.ids.tolist() for t in texts] for texts in data.read(np.arange(60))])
+    assert first == (data.folder.name, [[t.ids.tolist() for t in texts] for texts in read(data, range(60))])
 
 
 def test_prepare_prints_nothing(tmp_path, prompt_tokenizer, cache, capfd):

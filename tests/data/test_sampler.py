@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from codiemb_jax.batch import Task
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data.index import Index
 from codiemb_jax.data.layout import BatchLayout, Layout, PackedLayout, PaddedLayout
 from codiemb_jax.data.mixed import MixedPlan
+from codiemb_jax.data.permutation import permute
 from codiemb_jax.data.sampler import Plan, Source, StepPlan
-from codiemb_jax.data.store import Index
 from codiemb_jax.errors import UserError
 from codiemb_jax.text.rows import padded_length
 
@@ -30,7 +31,6 @@ def make_index(task: Task, positives: list[int], negatives: list[int], seed: int
     passages = np.array(positives, np.int64) + np.array(negatives, np.int64)
     longest = MAX["query_max_tokens"] if task == "sts" else MAX["passage_max_tokens"]
     return Index(
-        position=random.permutation(count).astype(np.int64),
         score=random.random(count) if task == "sts" else np.zeros(count),
         query_tokens=random.integers(1, MAX["query_max_tokens"] + 1, count, np.int32),
         positives=np.array(positives, np.int32),
@@ -134,7 +134,7 @@ def test_epoch_has_all_whole_batches_of_every_dataset():
             assert len(examples) == (4 if SOURCES[source].task == "ir" else 6)
             seen[source] += examples
         for i, source in enumerate(SOURCES):
-            size, count = (4 if source.task == "ir" else 6), source.index.position.size
+            size, count = (4 if source.task == "ir" else 6), len(source.index)
             assert len(seen[i]) == size * BATCHES[i] == count // size * size
             assert len(set(seen[i])) == len(seen[i])
             assert set(seen[i]) <= set(range(count))
@@ -408,7 +408,7 @@ def passages_by_example(step: StepPlan) -> dict[int, list[int]]:
 @pytest.mark.parametrize("group_size", [None, 2, 4])
 def test_packing_does_not_change_the_examples_of_a_group(devices, group_size):
     sizes = {"ir_global_batch_size": 8, "sts_global_batch_size": 8}
-    sources = [source for source in SOURCES if source.index.position.size >= 8]
+    sources = [source for source in SOURCES if len(source.index) >= 8]
     padded = make_plan(sources=sources, **sizes)
     packed = make_plan(
         sources=sources,
@@ -459,14 +459,15 @@ def draw(rng: np.random.Generator, counts: list[int], num_draws: int) -> list[li
 
 def expected_parts(number: int, batch_sizes: list[int], devices: int = 1) -> list[tuple[int, list, list]]:
     """Returns the parts of a step of a plan of SOURCES with seed 49, computed directly from the random streams."""
-    sizes = [source.index.position.size for source in SOURCES]
+    sizes = [len(source.index) for source in SOURCES]
     batches = [(source, i) for source, size in enumerate(sizes) for i in range(size // batch_sizes[source])]
     epoch, step = divmod(number, len(batches) // devices)
-    order = np.random.default_rng([49, 1, epoch, 0]).permutation(batches)[step * devices :][:devices].tolist()
+    places = permute(np.arange(step * devices, (step + 1) * devices), len(batches), [49, 1, epoch, 0])
+    order = [batches[place] for place in places]
     rng = np.random.default_rng([49, 2, number])
     parts = []
     for source, batch in order:
-        shuffled = np.random.default_rng([49, 0, epoch, source]).permutation(sizes[source]).tolist()
+        shuffled = permute(np.arange(sizes[source]), sizes[source], [49, 0, epoch, source]).tolist()
         examples = shuffled[batch * batch_sizes[source] :][: batch_sizes[source]]
         index = SOURCES[source].index
         if SOURCES[source].task == "ir":
@@ -510,7 +511,7 @@ def used_examples(plan: Plan, epochs: int) -> list[set[int]]:
 @given(max_examples=st.integers(6, 25), seed=st.integers(0, 2**32 - 1))
 def test_max_examples_of_each_dataset_are_used(max_examples, seed):
     plan = make_plan(seed, max_examples=max_examples)
-    sizes = [source.index.position.size for source in SOURCES]
+    sizes = [len(source.index) for source in SOURCES]
     counts = [min(size, max_examples) for size in sizes]
     batch_sizes = [4, 4, 6, 6]
     assert plan.steps_per_epoch == sum(count // size for count, size in zip(counts, batch_sizes, strict=True))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codiemb_jax.text.prompts import Tokens
-from codiemb_jax.text.rows import lay_out, pack, padded_count, padded_length, rows_per_chunk, whole_chunks
+from codiemb_jax.text.rows import Texts, lay_out, pack, padded_count, padded_length, rows_per_chunk, whole_chunks
 
 
 def make_text(ids: list[int], content_start: int) -> Tokens:
@@ -14,7 +14,7 @@ def make_text(ids: list[int], content_start: int) -> Tokens:
 
 def test_one_text_per_row():
     texts = [make_text([7, 8, 9], 1), make_text([5, 6], 0)]
-    rows, slots = lay_out(texts, np.array([0, 2]), 3, 4)
+    rows, slots = lay_out(Texts.join(texts), np.array([0, 2]), 3, 4)
     assert all(field.dtype == np.int32 for field in rows)
     assert rows.tokens.tolist() == [[7, 8, 9, 0], [0, 0, 0, 0], [5, 6, 0, 0]]
     assert rows.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
@@ -25,7 +25,7 @@ def test_one_text_per_row():
 
 def test_several_texts_per_row():
     texts = [make_text([7, 8, 9], 1), make_text([5, 6], 0), make_text([4], 0), make_text([3, 2], 1)]
-    rows, slots = lay_out(texts, np.array([1, 0, 1, 1]), 2, 7)
+    rows, slots = lay_out(Texts.join(texts), np.array([1, 0, 1, 1]), 2, 7)
     assert rows.tokens.tolist() == [[5, 6, 0, 0, 0, 0, 0], [7, 8, 9, 4, 3, 2, 0]]
     assert rows.positions.tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 1, 2, 0, 0, 1, 0]]
     assert rows.segment_ids.tolist() == [[1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 2, 3, 3, 0]]
@@ -34,9 +34,20 @@ def test_several_texts_per_row():
 
 
 def test_rows_without_texts_are_empty():
-    rows, slots = lay_out([], np.zeros(0, int), 2, 3)
+    rows, slots = lay_out(Texts.join([]), np.zeros(0, int), 2, 3)
     assert [field.tolist() for field in rows] == [[[0] * 3] * 2] * 4
     assert slots.size == 0
+
+
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=5), min_size=1, max_size=9), st.data())
+def test_texts_are_taken_and_split(ids, data):
+    texts = [make_text(own, data.draw(st.integers(0, len(own) - 1))) for own in ids]
+    indices = data.draw(st.lists(st.integers(0, len(ids) - 1), max_size=12))
+    taken = Texts.join(texts).take(np.array(indices, np.int64)).split()
+    assert [(text.ids.tolist(), text.content_start) for text in taken] == [
+        (ids[i], texts[i].content_start) for i in indices
+    ]
+    assert {text.ids.dtype for text in taken} <= {np.dtype(np.int32)}
 
 
 @given(data=st.data())
@@ -49,7 +60,7 @@ def test_every_text_is_in_its_slot(data):
         make_text(rng.integers(1, 99, length).tolist(), start) for length, start in zip(lengths, starts, strict=True)
     ]
     chosen = pack(np.array(lengths), row_length, max_texts)
-    rows, slots = lay_out(texts, chosen, int(chosen.max()) + 1, row_length)
+    rows, slots = lay_out(Texts.join(texts), chosen, int(chosen.max()) + 1, row_length)
     for text, row, slot in zip(texts, chosen, slots, strict=True):
         own = rows.segment_ids[row] == slot + 1
         assert rows.tokens[row, own].tolist() == text.ids.tolist()

@@ -1,0 +1,256 @@
+"""The index of a prepared dataset: lengths, counts and scores of all examples, for planning without reading texts.
+
+It is a folder with one .npy file per field, which are mapped into memory, so opening it takes the same time and memory
+for any number of examples. A manifest with totals is written last and marks the dataset as complete.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from codiemb_jax.errors import UserError, shorten
+from codiemb_jax.files import read_json, write_json
+
+INDEX = "index"
+"""Name of the folder of the index."""
+
+MANIFEST = "manifest.json"
+
+DTYPES: dict[str, np.dtype] = {
+    "score": np.dtype("<f8"),
+    "query_tokens": np.dtype("<i4"),
+    "positives": np.dtype("<i4"),
+    "negatives": np.dtype("<i4"),
+    "passage_offsets": np.dtype("<i8"),
+    "passage_tokens": np.dtype("<i4"),
+    "passage_hashes": np.dtype("<u8"),
+}
+"""The dtype of each field of the index."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Totals over all examples of a dataset."""
+
+    examples: int
+    passages: int
+    tokens: int
+    """Number of tokens of all texts."""
+    longest: int
+    """Number of tokens of the longest text."""
+    with_negatives: int
+    """Number of examples with negatives."""
+    full: int
+    """Number of texts that have as many tokens as their limit allows, so nearly all of them have been truncated."""
+    min_score: float
+    max_score: float
+
+    @classmethod
+    def read(cls, folder: Path) -> "Totals":
+        """Reads the manifest of a prepared dataset.
+
+        Raises:
+          UserError: If it is damaged.
+        """
+        with read_errors(folder):
+            values = read_json(folder / INDEX / MANIFEST, dict)
+            if set(values) != {field.name for field in fields(cls)}:
+                raise ValueError("unknown totals")
+            for field in fields(cls):
+                value = values[field.name]
+                if type(value) is not field.type or not 0 <= value < 2**62 and field.type is int:
+                    raise ValueError(f"{field.name}: {value!r}")
+            return cls(**values)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a prepared dataset has been written completely."""
+    return (folder / INDEX / MANIFEST).exists()
+
+
+@contextmanager
+def read_errors(folder: Path) -> Iterator[None]:
+    """Raises `UserError` if a prepared dataset cannot be read."""
+    try:
+        yield
+    except Exception as error:  # the libraries raise many types of errors
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise UserError(f"{folder}: the prepared dataset is damaged ({reason}); delete the folder") from error
+
+
+@dataclass(frozen=True)
+class Index:
+    """Lengths, counts and scores of all examples, in file order."""
+
+    score: np.ndarray
+    """float64 [examples]: score of the STS pair; 0 for IR"""
+    query_tokens: np.ndarray
+    """int32 [examples]: number of tokens of the query"""
+    positives: np.ndarray
+    """int32 [examples]: number of positives; 1 for STS"""
+    negatives: np.ndarray
+    """int32 [examples]: number of negatives; 0 for STS"""
+    passage_offsets: np.ndarray
+    """int64 [examples + 1]: example i has passages passage_offsets[i] … passage_offsets[i + 1] - 1"""
+    passage_tokens: np.ndarray
+    """int32 [passages]: number of tokens; the positives of an example come before its negatives"""
+    passage_hashes: np.ndarray
+    """uint64 [passages]: `Triple.hash` of each passage, in the same order"""
+    folder: Path = Path()
+    """The prepared dataset, for error messages."""
+
+    @classmethod
+    def open(cls, folder: Path, totals: Totals) -> "Index":
+        """Maps the index of a prepared dataset into memory.
+
+        Checks the dtype, the shape and the size of each file, and the first and the last offset. Everything else is
+        checked where it is used, because that would take longer the larger the dataset is.
+
+        Raises:
+          UserError: If the index is damaged.
+        """
+        with read_errors(folder):
+            arrays = {name: _map_array(folder / INDEX / f"{name}.npy", name, totals) for name in DTYPES}
+            if arrays["passage_offsets"][0] != 0 or arrays["passage_offsets"][-1] != totals.passages:
+                raise ValueError("passage_offsets do not match the number of passages")
+        return cls(**arrays, folder=folder)
+
+    def __len__(self) -> int:
+        return self.query_tokens.size
+
+    def counts(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the numbers of positives and negatives of some examples, each int32 [n].
+
+        Raises:
+          UserError: If the index is damaged.
+        """
+        positives, negatives = self.positives[examples], self.negatives[examples]
+        with read_errors(self.folder):
+            start, stop = self.passage_offsets[examples], self.passage_offsets[examples + 1]
+            valid = (positives >= 1) & (negatives >= 0) & (start >= 0) & (stop <= self.passage_tokens.size)
+            if not (valid & (stop - start == positives.astype(np.int64) + negatives)).all():
+                raise ValueError("numbers of passages do not match their offsets")
+        return positives, negatives
+
+    def lengths(self, examples: np.ndarray, passages: np.ndarray, limit: int) -> np.ndarray:
+        """Returns the number of tokens of some queries and their passages.
+
+        Args:
+          examples: int [n], whose `counts` have been checked.
+          passages: int [n, m], indices among the passages of each example; -1 for padding.
+          limit: Maximum number of tokens of a text.
+
+        Returns:
+          int32 [n, 1 + m]; 0 for padding.
+
+        Raises:
+          UserError: If the index is damaged.
+        """
+        queries = self.query_tokens[examples]
+        tokens = self.passage_tokens[self.passage_offsets[examples][:, None] + np.maximum(passages, 0)]
+        lengths = np.concatenate([queries[:, None], tokens], axis=1)
+        with read_errors(self.folder):
+            if not ((lengths >= 1) & (lengths <= limit)).all():
+                raise ValueError("lengths of texts are out of range")
+        lengths[:, 1:][passages < 0] = 0
+        return lengths
+
+
+def _map_array(path: Path, name: str, totals: Totals) -> np.ndarray:
+    size = totals.passages if name in ("passage_tokens", "passage_hashes") else totals.examples
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    shape = (size + 1,) if name == "passage_offsets" else (size,)
+    if array.dtype != DTYPES[name] or array.shape != shape:
+        raise ValueError(f"{path.name}: expected {DTYPES[name]} {shape}, found {array.dtype} {array.shape}")
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise ValueError(f"{path.name}: wrong size")
+    return np.asarray(array)  # without the slower subclass
+
+
+class IndexWriter:
+    """Writes the index piece by piece, so that it never has to be in memory. A context manager."""
+
+    def __init__(self, folder: Path, query_max_tokens: int, passage_max_tokens: int):
+        """Creates the files.
+
+        Args:
+          folder: The folder of the prepared dataset.
+          query_max_tokens: Maximum number of tokens of queries.
+          passage_max_tokens: Maximum number of tokens of passages.
+        """
+        self._folder = folder / INDEX
+        self._limits = query_max_tokens, passage_max_tokens
+        self._totals = Totals(0, 0, 0, 0, 0, 0, math.inf, -math.inf)
+        self._folder.mkdir(parents=True)
+        self._stack = ExitStack()
+        self._files = {
+            name: self._stack.enter_context(_ArrayFile(self._folder / f"{name}.npy", dtype))
+            for name, dtype in DTYPES.items()
+        }
+        self._files["passage_offsets"].write(np.zeros(1))
+
+    def __enter__(self) -> "IndexWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Appends examples.
+
+        Args:
+          arrays: Fields of `Index`, where `passage_offsets` are the ends of the passages of each example among those
+            that are appended.
+        """
+        totals, (query_limit, passage_limit) = self._totals, self._limits
+        queries, passages = arrays["query_tokens"], arrays["passage_tokens"]
+        for name, file in self._files.items():
+            file.write(arrays[name] + (totals.passages if name == "passage_offsets" else 0))
+        self._totals = Totals(
+            examples=totals.examples + queries.size,
+            passages=totals.passages + passages.size,
+            tokens=totals.tokens + int(queries.sum(dtype=np.int64) + passages.sum(dtype=np.int64)),
+            longest=max(totals.longest, int(queries.max()), int(passages.max())),
+            with_negatives=totals.with_negatives + int((arrays["negatives"] > 0).sum()),
+            full=totals.full + int((queries == query_limit).sum() + (passages == passage_limit).sum()),
+            min_score=min(totals.min_score, float(arrays["score"].min())),
+            max_score=max(totals.max_score, float(arrays["score"].max())),
+        )
+
+    def finish(self) -> None:
+        """Closes the files and writes the manifest."""
+        self._stack.close()
+        write_json(self._folder / MANIFEST, asdict(self._totals))
+
+
+class _ArrayFile:
+    """A one-dimensional .npy file that is written in pieces. A context manager."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._path, self._dtype, self._size = path, dtype, 0
+
+    def __enter__(self) -> "_ArrayFile":
+        self._file: BinaryIO = self._path.open("xb")
+        self._write_header()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.seek(0)
+        self._write_header()  # has the same length for any size
+        self._file.close()
+
+    def _write_header(self) -> None:
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._size,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def write(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, self._dtype).data)
+        self._size += values.size

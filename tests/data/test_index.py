@@ -1,0 +1,168 @@
+"""Tests the index: that it is written in pieces, mapped into memory, and that damaged and hostile files are noticed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codiemb_jax.config import DataSettings
+from codiemb_jax.data.index import DTYPES, INDEX, MANIFEST, Index, IndexWriter, Totals, is_complete
+from codiemb_jax.data.layout import PaddedLayout
+from codiemb_jax.data.sampler import Plan, Source
+from codiemb_jax.errors import UserError
+
+LIMITS = (40, 30)
+
+
+def make_piece(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+    positives, negatives = rng.integers(1, 4, count), rng.integers(0, 3, count)
+    passages = int((positives + negatives).sum())
+    return {
+        "score": rng.uniform(-3, 3, count),
+        "query_tokens": rng.integers(1, LIMITS[0] + 1, count),
+        "positives": positives,
+        "negatives": negatives,
+        "passage_offsets": np.cumsum(positives + negatives),
+        "passage_tokens": rng.integers(1, LIMITS[1] + 1, passages),
+        "passage_hashes": rng.integers(0, 2**64, passages, np.uint64),
+    }
+
+
+def write(folder: Path, pieces: list[dict[str, np.ndarray]]) -> Path:
+    with IndexWriter(folder, *LIMITS) as writer:
+        for piece in pieces:
+            writer.append(piece)
+        assert not is_complete(folder)
+        writer.finish()
+    assert is_complete(folder)
+    return folder
+
+
+def open_index(folder: Path) -> Index:
+    return Index.open(folder, Totals.read(folder))
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 99))
+def test_pieces_are_joined(tmp_path_factory, counts, seed):
+    rng = np.random.default_rng(seed)
+    pieces = [make_piece(rng, count) for count in counts]
+    folder = write(tmp_path_factory.mktemp("index") / "data", pieces)
+    index, totals = open_index(folder), Totals.read(folder)
+    for name, dtype in DTYPES.items():
+        value = getattr(index, name)
+        assert value.dtype == dtype
+        assert np.array_equal(value, np.load(folder / INDEX / f"{name}.npy", allow_pickle=False))
+        if name != "passage_offsets":
+            assert np.array_equal(value, np.concatenate([piece[name] for piece in pieces]))
+    assert len(index) == sum(counts)
+    ends = np.cumsum(np.concatenate([piece["positives"] + piece["negatives"] for piece in pieces]))
+    assert index.passage_offsets.tolist() == [0, *ends.tolist()]
+    queries, passages = index.query_tokens.tolist(), index.passage_tokens.tolist()
+    assert totals == Totals(
+        examples=len(queries),
+        passages=len(passages),
+        tokens=sum(queries + passages),
+        longest=max(queries + passages),
+        with_negatives=sum(n > 0 for n in index.negatives.tolist()),
+        full=queries.count(LIMITS[0]) + passages.count(LIMITS[1]),
+        min_score=min(index.score.tolist()),
+        max_score=max(index.score.tolist()),
+    )
+
+
+def test_arrays_are_mapped_and_cannot_be_changed(tmp_path):
+    index = open_index(write(tmp_path / "data", [make_piece(np.random.default_rng(0), 5)]))
+    for name in DTYPES:
+        value = getattr(index, name)
+        assert type(value) is np.ndarray and isinstance(value.base, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            value[0] = 0
+
+
+def test_counts_and_lengths_of_examples(tmp_path):
+    index = open_index(write(tmp_path / "data", [make_piece(np.random.default_rng(0), 5)]))
+    positives, negatives = index.counts(np.array([4, 0, 4]))
+    assert positives.tolist() == [index.positives[i] for i in (4, 0, 4)]
+    assert negatives.tolist() == [index.negatives[i] for i in (4, 0, 4)]
+    lengths = index.lengths(np.array([4, 0]), np.array([[0, -1], [-1, 0]]), 40)
+    passages = index.passage_tokens[index.passage_offsets[[4, 0]]]
+    assert lengths.tolist() == [[index.query_tokens[4], passages[0], 0], [index.query_tokens[0], 0, passages[1]]]
+
+
+def write_array(folder: Path, name: str, array: np.ndarray) -> None:
+    np.save(folder / INDEX / f"{name}.npy", array)
+
+
+def change_totals(folder: Path, **changes) -> None:
+    path = folder / INDEX / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def object_array(folder: Path) -> None:
+    np.save(folder / INDEX / "score.npy", np.array([print] * 9, object), allow_pickle=True)
+
+
+DAMAGES = {
+    "missing": lambda folder: (folder / INDEX / "score.npy").unlink(),
+    "empty": lambda folder: (folder / INDEX / "positives.npy").write_bytes(b""),
+    "truncated": lambda folder: (folder / INDEX / "passage_hashes.npy").write_bytes(
+        (folder / INDEX / "passage_hashes.npy").read_bytes()[:-1]
+    ),
+    "too long": lambda folder: (folder / INDEX / "score.npy").write_bytes(
+        (folder / INDEX / "score.npy").read_bytes() + b"0"
+    ),
+    "dtype": lambda folder: write_array(folder, "query_tokens", np.ones(9, np.int64)),
+    "byte order": lambda folder: write_array(folder, "query_tokens", np.ones(9, ">i4")),
+    "shape": lambda folder: write_array(folder, "query_tokens", np.ones((9, 1), np.int32)),
+    "size": lambda folder: write_array(folder, "query_tokens", np.ones(8, np.int32)),
+    "pickle": object_array,
+    "first offset": lambda folder: write_array(folder, "passage_offsets", np.arange(-1, 9)),
+    "last offset": lambda folder: write_array(folder, "passage_offsets", np.arange(10) * 100),
+    "manifest without totals": lambda folder: (folder / INDEX / MANIFEST).write_text("{}"),
+    "manifest is a list": lambda folder: (folder / INDEX / MANIFEST).write_text("[]"),
+    "manifest is empty": lambda folder: (folder / INDEX / MANIFEST).write_text(""),
+    "number of examples": lambda folder: change_totals(folder, examples=10),
+    "negative number": lambda folder: change_totals(folder, examples=-1),
+    "huge number": lambda folder: change_totals(folder, passages=10**30),
+    "boolean": lambda folder: change_totals(folder, with_negatives=True),
+    "text": lambda folder: change_totals(folder, min_score="0"),
+    "unknown total": lambda folder: change_totals(folder, other=0),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_index_is_noticed_when_it_is_opened(name, tmp_path):
+    folder = write(tmp_path / "data", [make_piece(np.random.default_rng(0), 9)])
+    DAMAGES[name](folder)
+    with pytest.raises(UserError, match=f"{folder}: the prepared dataset is damaged .*; delete the folder"):
+        open_index(folder)
+
+
+HOSTILE = {
+    "negative offset": ("passage_offsets", -7),
+    "offset after the end": ("passage_offsets", 2**62),
+    "no positives": ("positives", 0),
+    "many positives": ("positives", 2**31 - 1),
+    "negative negatives": ("negatives", -1),
+    "empty query": ("query_tokens", 0),
+    "long query": ("query_tokens", 2**31 - 1),
+    "negative length": ("passage_tokens", -5),
+    "long passage": ("passage_tokens", 41),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_values_are_noticed_when_they_are_used(name, tmp_path):
+    field, value = HOSTILE[name]
+    folder = write(tmp_path / "data", [make_piece(np.random.default_rng(0), 9)])
+    array = getattr(open_index(folder), field).copy()
+    array[1:-1] = value
+    write_array(folder, field, array)
+    settings = DataSettings(ir=["a"], ir_global_batch_size=8, query_max_tokens=40, passage_max_tokens=30)
+    plan = Plan([Source("a", "ir", open_index(folder))], settings, 0, PaddedLayout(), {"ir": None, "sts": None})
+    with pytest.raises(UserError, match=f"{folder}: the prepared dataset is damaged .*; delete the folder"):
+        plan.step(0)
