@@ -6,9 +6,11 @@ from jax.nn import logsumexp
 
 from codiemb_jax.config import ObjectiveSettings
 from codiemb_jax.objectives.groups import Examples, Groups, Parts
+from codiemb_jax.objectives.numerics import EXACT, mask_value
+from codiemb_jax.objectives.ring import ring_info_nce
 
-# TPUs round float32 inputs of a product to bfloat16 by default. Dividing by a temperature of 0.02 amplifies that error.
-EXACT = jax.lax.Precision.HIGHEST
+DENSE_BYTES = 2**29
+"""Largest size of the scores of a device at which they are computed at once."""
 
 
 def info_nce(
@@ -39,9 +41,7 @@ def info_nce(
     """
     to_positives = jnp.einsum("qd,epd->qep", queries, positives, precision=EXACT) / temperature
     to_negatives = jnp.einsum("qd,end->qen", queries, negatives, precision=EXACT) / temperature
-    # The mask value is finite because the gradient of a logsumexp over only -inf is NaN.
-    mask_value = jnp.finfo(to_negatives.dtype).min / 2
-    to_negatives = jnp.where(in_pool[:, :, None] & present, to_negatives, mask_value)
+    to_negatives = jnp.where(in_pool[:, :, None] & present, to_negatives, mask_value(to_negatives.dtype))
     all_negatives = logsumexp(to_negatives, axis=(1, 2))
     all_positives = logsumexp(to_positives, axis=1, where=in_pool[:, :, None])
     to_own = to_positives[jnp.arange(len(queries)), own_example]
@@ -69,17 +69,25 @@ def in_batch_info_nce(
     return jnp.sum(jnp.where(positive, losses, 0)) / jnp.maximum(jnp.sum(positive), 1).astype(losses.dtype)
 
 
-def info_nce_ir(examples: Examples, settings: ObjectiveSettings, groups: Groups) -> tuple[jax.Array, Parts]:
-    """InfoNCE of each query over the passages in its pool, the retrieval objective of CoDiEmb.
-
-    Only passages are gathered from other devices. Returns the mean over all queries of the global batch.
-    """
+def dense_info_nce(examples: Examples, temperature: float, groups: Groups) -> jax.Array:
+    """Gathers the passages of the pools and computes `info_nce` of the queries of this device, [examples]."""
     b = len(examples.queries)
     passages, present = groups.gather((examples.passages, examples.present), b)
     positives, negatives = jnp.split(passages, [passages.shape[1] - present.shape[1]], axis=1)
     own_example, in_pool = groups.membership(b)
-    losses = info_nce(examples.queries, positives, negatives, own_example, in_pool, present, settings.temperature)
-    loss = groups.mean(jnp.mean(losses))
+    return info_nce(examples.queries, positives, negatives, own_example, in_pool, present, temperature)
+
+
+def info_nce_ir(examples: Examples, settings: ObjectiveSettings, groups: Groups) -> tuple[jax.Array, Parts]:
+    """InfoNCE of each query over the passages in its pool, the retrieval objective of CoDiEmb.
+
+    Small pools are gathered and scored at once, which is faster. Large ones would not fit into memory. Returns the mean
+    over all queries of the global batch.
+    """
+    b, texts, _ = examples.passages.shape
+    score_bytes = b * groups.gathered(b) * texts * examples.passages.dtype.itemsize
+    compute = dense_info_nce if score_bytes <= DENSE_BYTES else ring_info_nce
+    loss = groups.mean(jnp.mean(compute(examples, settings.temperature, groups)))
     return loss, {"info_nce": loss}
 
 

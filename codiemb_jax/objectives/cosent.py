@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.nn import logsumexp
 
 from codiemb_jax.config import ObjectiveSettings
-from codiemb_jax.objectives.contrastive import EXACT
 from codiemb_jax.objectives.groups import Examples, Groups, Parts
+from codiemb_jax.objectives.numerics import EXACT, mask_value
 
 
 def cosent(similarity: jax.Array, labels: jax.Array, temperature: float) -> jax.Array:
@@ -27,7 +27,7 @@ def cosent(similarity: jax.Array, labels: jax.Array, temperature: float) -> jax.
     scaled = similarity / temperature
     excess = scaled - scaled[:, None]  # [i, j]: scaled similarity of pair j minus that of pair i
     # The leading 0 is the 1 inside the log of the formula.
-    terms = jnp.where(labels[:, None] > labels, excess, _mask_value(excess))
+    terms = jnp.where(labels[:, None] > labels, excess, mask_value(excess.dtype))
     return logsumexp(jnp.concatenate([jnp.zeros(1, excess.dtype), terms.ravel()]))
 
 
@@ -48,14 +48,9 @@ def binary_cosent(similarity: jax.Array, positive: jax.Array, present: jax.Array
     """
     # Only differences of similarities matter. Subtract before dividing, where the differences are exact.
     scaled = (similarity - jax.lax.stop_gradient(similarity[0])) / temperature
-    lower = logsumexp(jnp.where(present & ~positive, scaled, _mask_value(scaled)))
-    upper = logsumexp(jnp.where(present & positive, -scaled, _mask_value(scaled)))
+    lower = logsumexp(jnp.where(present & ~positive, scaled, mask_value(scaled.dtype)))
+    upper = logsumexp(jnp.where(present & positive, -scaled, mask_value(scaled.dtype)))
     return jnp.logaddexp(jnp.zeros((), scaled.dtype), lower + upper)
-
-
-def _mask_value(x: jax.Array) -> jax.Array:
-    """Returns a finite replacement for -inf, because the gradient of a logsumexp over only -inf is NaN."""
-    return jnp.asarray(jnp.finfo(x.dtype).min / 4, x.dtype)
 
 
 def cosent_ir(examples: Examples, settings: ObjectiveSettings, groups: Groups) -> tuple[jax.Array, Parts]:

@@ -44,9 +44,22 @@ class Groups(NamedTuple):
     def _cross_devices(self, b: int) -> bool:
         return bool(self.axes) and b % self._size(b) != 0
 
+    def gathered(self, b: int) -> int:
+        """Returns the number of examples that `gather` returns for b examples per device."""
+        return b * jax.lax.axis_size(self.axes) if self._cross_devices(b) else b
+
     def gather(self, tree: Tree, b: int) -> Tree:
         """Gathers the [b, …] examples of all devices if groups cross devices, otherwise returns `tree` unchanged."""
         return jax.lax.all_gather(tree, self.axes, tiled=True) if self._cross_devices(b) else tree
+
+    def positions(self, b: int) -> jax.Array:
+        """Returns the index of each of the b examples of this device among those of all gathered devices, int [b]."""
+        return jnp.arange(b) + (b * jax.lax.axis_index(self.axes) if self._cross_devices(b) else 0)
+
+    def together(self, first: jax.Array, second: jax.Array, b: int) -> jax.Array:
+        """Returns which of two lists of `positions` are in the same group, bool [first, second]."""
+        size = self._size(b)
+        return first[:, None] // size == second // size
 
     def membership(self, b: int) -> tuple[jax.Array, jax.Array]:
         """Relates the b examples of this device to the gathered examples.
@@ -55,11 +68,22 @@ class Groups(NamedTuple):
           The index of each example among the gathered ones, int [b], and which gathered examples are in its group,
           bool [b, gathered].
         """
-        own, gathered = jnp.arange(b), b
-        if self._cross_devices(b):
-            own, gathered = own + b * jax.lax.axis_index(self.axes), b * jax.lax.axis_size(self.axes)
-        size = self._size(b)
-        return own, own[:, None] // size == jnp.arange(gathered) // size
+        own = self.positions(b)
+        return own, self.together(own, jnp.arange(self.gathered(b)), b)
+
+    def ring_size(self, b: int) -> int:
+        """Returns the number of devices that the examples of a device must visit to meet their whole group."""
+        if not self._cross_devices(b):
+            return 1
+        return self._size(b) // b if self._size(b) % b == 0 else jax.lax.axis_size(self.axes)
+
+    def rotate(self, tree: Tree, b: int) -> Tree:
+        """Moves arrays to the next device of their ring of `ring_size` devices."""
+        size = self.ring_size(b)
+        if size == 1:
+            return tree
+        devices = range(jax.lax.axis_size(self.axes))
+        return jax.lax.ppermute(tree, self.axes, [(i, i // size * size + (i + 1) % size) for i in devices])
 
     def split(self, tree: Tree, b: int) -> Tree:
         """Splits [b, …] examples into whole groups, [groups, size, …].
