@@ -64,6 +64,7 @@ def settings(options: argparse.Namespace, output: Path, packing: bool) -> dict[s
             "ir": [str(options.work / "data.jsonl")], "ir_global_batch_size": options.queries,
             "positives_per_query": 1, "negatives_per_query": 1,
             "query_max_tokens": options.max_tokens, "passage_max_tokens": options.max_tokens, "packing": packing,
+            "row_tokens": options.row_tokens if packing else None,
         },
         "objective": {"temperature": TEMPERATURE},
         "optimizer": {
@@ -241,7 +242,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
-def _counted_steps(computed_tokens: list[int], compiles: bool) -> list[int]:
+def counted_steps(computed_tokens: list[int], compiles: bool) -> list[int]:
     """Returns the steps that count: those after the first two that do not compile, because their shape is not new."""
     steps = [
         step
@@ -257,7 +258,7 @@ def summarize(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns medians over the steps of all rounds, and the range of the rounds' medians."""
     compiles = name.startswith("codiemb_jax")
     rates = [
-        np.divide(result["tokens"], result["seconds"])[_counted_steps(result["computed_tokens"], compiles)]
+        np.divide(result["tokens"], result["seconds"])[counted_steps(result["computed_tokens"], compiles)]
         for result in rounds
     ]
     medians = [float(np.median(rate)) for rate in rates]
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for the model and the data")
     parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder (default: a random decoder)")
     parser.add_argument("--max-tokens", type=int, default=512, help="maximum length of a text (default: %(default)s)")
+    parser.add_argument("--row-tokens", type=int, metavar="N", help="tokens per packed row (default: --max-tokens)")
     parser.add_argument("--queries", type=int, default=16, help="queries per step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
