@@ -50,7 +50,7 @@ def test_settings_match_original(name):
     assert (data.positives_per_query, data.negatives_per_query, data.sampler) == (2, 4, "dynamic")
     assert (objective.temperature, objective.mid_info_nce_weight, objective.mid_info_nce_threshold) == (0.02, 1.0, 1.0)
     assert (objective.ir_pool_size, objective.sts_list_size) == (None, 32)  # all devices; one device
-    assert (settings.seed, model.attention, model.normalize, model.remat) == (49, "bidirectional", True, "full")
+    assert (settings.seed, model.attention, model.normalize, model.remat) == (49, "bidirectional", True, "dots")
     for devices in (1, 2, 4, 8):
         check_batch_sizes(settings, devices)
     hf = json.loads((PACKAGE / "shapes" / f"{name}.json").read_text())
