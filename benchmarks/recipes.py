@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args()
     cases = [case for case in CASES if options.recipe in (None, case.recipe)]
-    console = Console()
+    console = Console(width=170)  # as wide as the table
     table = Table(
         "recipe", "slice", "task", "layout", "remat", "chunks", "rows per device", "padding", "FLOPs ratio", "memory",
         "traffic", "exposed", "compilation",
