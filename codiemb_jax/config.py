@@ -99,7 +99,7 @@ class ModelSettings(Section):
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of activations and matrix products. On a CPU, the default is float32."""
     param_dtype: Literal["bfloat16", "float32"] = "float32"
-    """dtype of the master weights and of the optimizer's moments."""
+    """dtype of the master weights and, by default, of the optimizer's moments."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: nothing, everything except attention and products with weight matrices (dots),
     or whole layers."""
@@ -227,6 +227,11 @@ class OptimizerSettings(Section):
     """AdamW epsilon."""
     clip_norm: PositiveFloat | None = None
     """Maximum global gradient norm; null disables clipping."""
+    moments_dtype: Literal["bfloat16"] | None = None
+    """dtype of AdamW's first moment; null: model.param_dtype, which the second moment always has."""
+    offload: Flag = False
+    """Keep AdamW's moments in pinned host memory and move them to the devices for each update. The results are the
+    same."""
 
 
 class MeshSettings(Section):

@@ -42,7 +42,7 @@ def _tree_sums(tree: Any) -> Any:
         x = x.astype(jnp.uint8) if x.dtype == bool else x
         return _sums(jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]))
 
-    return jax.tree.map(array_sums, tree)
+    return jax.tree.map(array_sums, jax.device_put(tree, jax.memory.Space.Device))  # it may be in host memory
 
 
 _tree_sums_jitted = jax.jit(_tree_sums)

@@ -84,7 +84,7 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
     settings, model, folder, mesh = run.setup.settings, run.setup.model, run.folder, run.setup.mesh
     schedule = make_schedule(settings.optimizer, run.steps)
     optimizer = make_optimizer(settings.optimizer, schedule)
-    layout = abstract_state(optimizer, model.abstract)
+    layout = abstract_state(optimizer, model.abstract, settings.optimizer.offload)
     done = folder.latest_step()
     if initial is None:
         Console(stderr=True).print(f"continuing from step {done} of {run.steps}")

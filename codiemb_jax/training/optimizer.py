@@ -18,7 +18,12 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> opt
         )
 
     adamw = optax.adamw(
-        schedule, *settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, mask=decay_mask
+        schedule,
+        *settings.betas,
+        eps=settings.eps,
+        mu_dtype=settings.moments_dtype,
+        weight_decay=settings.weight_decay,
+        mask=decay_mask,
     )
     clip = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
     return optax.chain(*clip, adamw)

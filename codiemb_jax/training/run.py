@@ -24,6 +24,7 @@ from codiemb_jax.sharding import make_mesh, row_shards
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import dataset_names, find_files
 from codiemb_jax.training.run_folder import RunFolder
+from codiemb_jax.training.state import HOST_MEMORY
 
 DEVICES = "batch shards (mesh.data x mesh.fsdp)"
 """Key of the number of devices in the inputs of a run with `sampler: mixed`, whose steps depend on it."""
@@ -66,6 +67,8 @@ def open_training_model(settings: Settings) -> TrainingSetup:
     settings = with_platform_defaults(settings)
     mesh = make_mesh(settings.mesh)
     check_batch_sizes(settings, row_shards(mesh))
+    if settings.optimizer.offload:
+        check_host_memory(mesh.local_devices[0])
     max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
     model = open_model(settings.model, settings.prompt, mesh, max_tokens)
     if settings.export:
@@ -194,6 +197,19 @@ def check_batch_sizes(settings: Settings, shards: int) -> None:
             )
     if problems:
         raise UserError("batches cannot be split evenly over the mesh:\n" + format_problems(problems))
+
+
+def check_host_memory(device: jax.Device) -> None:
+    """Checks that a device can use pinned host memory.
+
+    Raises:
+      UserError: If it cannot.
+    """
+    if HOST_MEMORY not in (memory.kind for memory in device.addressable_memories()):
+        raise UserError(
+            f"optimizer.offload: JAX has no pinned host memory on {device.device_kind}; set it to false, and to save "
+            "memory set optimizer.moments_dtype to bfloat16 or raise mesh.fsdp"
+        )
 
 
 def check_objectives(settings: Settings) -> None:

@@ -24,7 +24,7 @@ from codiemb_jax.files import read_json, write_atomically, write_json
 
 CHANGEABLE_SETTINGS = (
     "output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat", "data.packing",
-    "data.row_tokens",
+    "data.row_tokens", "optimizer.offload",
 )  # fmt: skip
 """Settings that may change when a run is continued, because they do not affect the results of its steps."""
 

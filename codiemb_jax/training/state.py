@@ -8,18 +8,32 @@ import optax
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import replicated
 
+HOST_MEMORY = "pinned_host"
+"""Name of the host memory that devices can copy from and to directly."""
+
 
 class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
 
 
-def abstract_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """Returns the abstract state (shapes, dtypes, shardings) for abstract `params`; moments are sharded like params."""
+def abstract_state(optimizer: optax.GradientTransformation, params: Params, offload: bool = False) -> TrainState:
+    """Returns the abstract state (shapes, dtypes, shardings) for abstract `params`; moments are sharded like params.
+
+    Args:
+      optimizer: The optimizer.
+      params: Abstract parameters.
+      offload: Whether the moments are in host memory.
+    """
     mesh = jax.tree.leaves(params)[0].sharding.mesh
+
+    def moment(leaf: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = param.sharding.with_memory_kind(HOST_MEMORY) if offload else param.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        moment,
         jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
