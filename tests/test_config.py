@@ -76,6 +76,8 @@ optimizer:
   betas: [0.9, 0.999]
   eps: 1.0e-8
   clip_norm: null
+  moments_dtype: null
+  offload: false
 encode_chunks: 1
 mesh: {data: -1, fsdp: 1, tensor: 1}
 checkpoint: {every_steps: null, every_epochs: 1, keep: 3}

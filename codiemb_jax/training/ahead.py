@@ -57,7 +57,7 @@ def trace_step(
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     schedule = make_schedule(settings.optimizer, settings.optimizer.max_steps or 1000)
     optimizer = make_optimizer(settings.optimizer, schedule)
-    state = abstract_state(optimizer, params)
+    state = abstract_state(optimizer, params, settings.optimizer.offload)
     # `jax.set_mesh` would try to put constants on devices that are not there.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step: Any = make_step(graph, optimizer, schedule, settings, mesh, state, task, dropout)

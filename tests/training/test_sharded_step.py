@@ -4,16 +4,13 @@ import re
 from collections import defaultdict
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from codiemb_jax.batch import Batch, TokenRows
 from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import Settings
-from codiemb_jax.sharding import make_mesh, replicated, row_sharding
-from codiemb_jax.training.optimizer import make_optimizer
-from codiemb_jax.training.schedule import make_schedule
-from codiemb_jax.training.state import abstract_state
-from codiemb_jax.training.step import make_step
+from codiemb_jax.sharding import make_mesh
+from codiemb_jax.training.ahead import trace_step
+from codiemb_jax.training.run import batch_layout
 from tests.helpers import golden_settings
 
 COLLECTIVE = re.compile(r"= (\w+)\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter)\(")
@@ -26,21 +23,12 @@ def test_weights_and_gradients_travel_in_the_compute_dtype(golden, tmp_path):
     settings = Settings.model_validate(values)
     mesh = make_mesh(settings.mesh, jax.devices()[:8])
     model = open_model(settings.model, settings.prompt, mesh)
-    schedule = make_schedule(settings.optimizer, 8)
-    optimizer = make_optimizer(settings.optimizer, schedule)
-    state = abstract_state(optimizer, model.abstract)
-    step = make_step(model.graph, optimizer, schedule, settings, mesh, state, "ir")
-
-    def rows(*shape: int, dtype: type = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding(mesh))
-
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    batch = Batch(TokenRows(*[rows(16, 32)] * 4), rows(16, 3), rows(8), rows(8, 5), rows(8, dtype=jnp.float32))
+    layout = batch_layout(settings, mesh)(np.full((8, 6), 32), 128, None)
+    step = trace_step(settings, model.graph, model.abstract, "ir", layout, 5, dropout=False)
     # XLA:CPU computes bfloat16 in float32 and therefore also sends float32, so read the program right after it is split
     # over the devices, which is done alike on all platforms.
     options = {"xla_dump_to": str(tmp_path / "dump"), "xla_dump_hlo_pass_re": "spmd-partitioning"}
-    with jax.set_mesh(mesh):
-        step.lower(state, number, batch).compile(compiler_options=options)
+    step.lower().compile(compiler_options=options)
     program = next((tmp_path / "dump").glob("*jit_step*after_spmd-partitioning*.txt")).read_text()
 
     # Gradients may be transposed, so shapes are sorted.
