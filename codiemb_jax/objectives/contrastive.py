@@ -10,8 +10,11 @@ from codiemb_jax.objectives.groups import Examples, Groups, Parts
 from codiemb_jax.objectives.numerics import EXACT, mask_value
 from codiemb_jax.objectives.ring import ring_info_nce
 
-DENSE_BYTES = 2**29
-"""Largest size of the scores of a device at which they are computed at once."""
+DENSE_BYTES = 2**27
+"""Largest size of the scores of a device at which they are computed at once, see `benchmarks/info_nce.py`.
+
+On one CPU, the ring is faster above it. The gradient needs two to three times the memory of the scores.
+"""
 
 
 def info_nce(
