@@ -28,6 +28,15 @@ class TokenRows(NamedTuple):
     """1 for tokens that are pooled into the text's embedding, else 0."""
 
 
+class PassageTexts(NamedTuple):
+    """Which passages of a batch have the same text. Equal numbers mean equal texts."""
+
+    passages: Array
+    """int32 [examples, passages]; -1 for padding"""
+    positives: Array
+    """int32 [examples, texts]: those that are positives of the example in the data, drawn or not; -2 for padding"""
+
+
 class Batch(NamedTuple):
     """The texts of a step, grouped into examples.
 
@@ -46,3 +55,5 @@ class Batch(NamedTuple):
     """int32 [examples, passages]; -1 for padding"""
     scores: Array
     """float32 [examples]; NaN for IR"""
+    texts: PassageTexts | None = None
+    """Only for IR objectives that need it"""

@@ -190,6 +190,8 @@ class ObjectiveSettings(Section):
     """Temperature of InfoNCE, on both the last and the middle layer."""
     ir_pool_size: PositiveInt | None = None
     """Number of queries that share their passages as candidates; null: the whole global batch."""
+    mask_duplicates: Flag = True
+    """In info_nce for retrieval, passages with the same text as a positive of a query are no negatives for it."""
     sts_list_size: PositiveInt | None = 32
     """Number of pairs that are ranked with each other; null: the whole global batch."""
     list_temperature: PositiveFloat = 0.05

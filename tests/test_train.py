@@ -155,7 +155,7 @@ def test_run_writes_documented_files_and_metrics(both_tasks):
     assert resolved["optimizer"]["learning_rate"] == 0
     assert resolved["seed"] == 49
     assert resolved["model"]["compute_dtype"] == "float32"  # the default on a CPU
-    parts = {"ir": ["info_nce"], "sts": ["mid_info_nce", "pearson", "pro", "rank_kl"]}
+    parts = {"ir": ["info_nce", "masked"], "sts": ["mid_info_nce", "pearson", "pro", "rank_kl"]}
     for line in lines:
         assert sorted(line) == sorted(METRICS + parts[line["task"]])
         assert line["dataset"] == {"ir": "news", "sts": "questions"}[line["task"]]

@@ -8,7 +8,7 @@ import grain
 import jax
 import numpy as np
 
-from codiemb_jax.batch import Batch
+from codiemb_jax.batch import Batch, PassageTexts
 from codiemb_jax.data.sampler import Plan, StepPlan
 from codiemb_jax.data.store import PreparedDataset
 from codiemb_jax.sharding import place
@@ -58,6 +58,7 @@ class StepSource:
             queries=embeddings[:, 0],
             passages=embeddings[:, 1:],
             scores=dataset.scores(examples),
+            texts=plan.texts and PassageTexts(*(texts[start:stop] for texts in plan.texts)),
         )
 
 

@@ -13,7 +13,14 @@ from codiemb_jax.errors import UserError
 class MixedPlan(Plan):
     """Deals the batches of all datasets to the devices and drops the remainder of each round."""
 
-    def __init__(self, sources: Sequence[Source], settings: DataSettings, seed: int, layout: Layout):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        settings: DataSettings,
+        seed: int,
+        layout: Layout,
+        compare_texts: bool = False,
+    ):
         """Creates the plan.
 
         Args:
@@ -21,12 +28,13 @@ class MixedPlan(Plan):
           settings: The data settings.
           seed: The seed of the run.
           layout: Lays out the texts of a batch.
+          compare_texts: Whether to find passages of IR examples that have the same text.
 
         Raises:
           UserError: If there are too few examples for a step.
         """
         self.parts = layout.devices
-        super().__init__(sources, settings, seed, layout, {})
+        super().__init__(sources, settings, seed, layout, {}, compare_texts)
         if not self.steps_per_epoch:
             raise UserError(
                 f"sampler: mixed needs one batch per device ({self.parts}), but the data has fewer; "

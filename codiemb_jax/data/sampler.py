@@ -12,8 +12,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from codiemb_jax.batch import TASKS, StepTask, Task
+from codiemb_jax.batch import TASKS, PassageTexts, StepTask, Task
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data.duplicates import find_texts
 from codiemb_jax.data.index import Index
 from codiemb_jax.data.layout import BatchLayout, Layout
 from codiemb_jax.data.permutation import permute
@@ -48,6 +49,8 @@ class StepPlan:
     """Where the texts of the examples lie."""
     tokens: int
     """Number of tokens in the batch, without padding."""
+    texts: PassageTexts | None
+    """Which passages have the same text; None for STS, or if the plan does not compare texts."""
 
     @property
     def computed_tokens(self) -> int:
@@ -104,6 +107,7 @@ class Plan:
         seed: int,
         layout: Layout,
         group_sizes: Mapping[Task, int | None],
+        compare_texts: bool = False,
     ):
         """Creates the plan.
 
@@ -113,12 +117,13 @@ class Plan:
           seed: The seed of the run.
           layout: Lays out the texts of a batch. Which examples a step has does not depend on it.
           group_sizes: For each task, the number of consecutive examples that are compared; None for the whole batch.
+          compare_texts: Whether to find passages of IR examples that have the same text.
 
         Raises:
           UserError: If a dataset is smaller than one batch.
         """
         self.sources, self.settings, self.seed = sources, settings, seed
-        self.layout, self.group_sizes = layout, group_sizes
+        self.layout, self.group_sizes, self.compare_texts = layout, group_sizes, compare_texts
         sizes = {"ir": settings.ir_global_batch_size, "sts": settings.sts_global_batch_size}
         self.batch_sizes = [sizes[source.task] // self.parts for source in sources]
         counts = {i: self._count(source) for i, source in enumerate(sources)}
@@ -193,6 +198,10 @@ class Plan:
         # In a mixed step, each device is a group of its own.
         group_size = lengths.shape[0] // self.parts if task == "mixed" else self.group_sizes[task]
         layout = self.layout(lengths, limit, group_size)
+        texts = None
+        if self.compare_texts and task != "sts":
+            indexed = [(self.sources[source].index, examples, passages) for source, examples, passages in parts]
+            texts = PassageTexts(*(texts[layout.order] for texts in find_texts(indexed)))
         return StepPlan(
             number=number,
             epoch=number // self.steps_per_epoch,
@@ -202,6 +211,7 @@ class Plan:
             passages=np.concatenate([passages for _, _, passages in parts])[layout.order],
             layout=layout,
             tokens=int(lengths.sum()),
+            texts=texts,
         )
 
     def _passages(self, source: int, examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:

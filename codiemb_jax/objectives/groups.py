@@ -10,9 +10,11 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from codiemb_jax.batch import PassageTexts
+
 Tree = TypeVar("Tree")
 Parts = dict[str, jax.Array]
-"""Unweighted parts of a loss by name, for logging."""
+"""Unweighted parts of a loss by name, for logging. Integers are counts."""
 
 
 class Examples(NamedTuple):
@@ -28,6 +30,8 @@ class Examples(NamedTuple):
     """float32 [examples]; NaN for examples without a score"""
     middle: tuple[jax.Array, jax.Array] | None = None
     """Queries and passages embedded by the middle layer; None unless the objective needs them"""
+    texts: PassageTexts | None = None
+    """Which passages have the same text; None unless the objective needs it"""
 
 
 class Groups(NamedTuple):
@@ -92,6 +96,10 @@ class Groups(NamedTuple):
         """
         size = self._size(b)
         return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), self.gather(tree, b))
+
+    def sum(self, tree: Tree) -> Tree:
+        """Sums over devices."""
+        return jax.lax.psum(tree, self.axes) if self.axes else tree
 
     def mean(self, tree: Tree) -> Tree:
         """Averages over devices."""

@@ -30,6 +30,7 @@ def mixed(
 
     Returns:
       The mean loss over devices, and the parts of each task averaged over the devices with that task (NaN if none).
+      Counts are summed.
     """
     is_ir = jnp.isnan(examples.scores[0])  # all examples of a device are of the same task
     # NaN scores would make the gradient of the STS loss NaN even where `jnp.where` does not select that loss.
@@ -43,5 +44,7 @@ def mixed(
         share = all_devices.mean(has_task.astype(loss.dtype))
         for name, part in task_parts.items():
             name = name if name not in parts else f"{task}_{name}"
-            parts[name] = all_devices.mean(jnp.where(has_task, part, 0)) / share
+            part = jnp.where(has_task, part, 0)
+            is_count = jnp.issubdtype(part.dtype, jnp.integer)
+            parts[name] = all_devices.sum(part) if is_count else all_devices.mean(part) / share
     return all_devices.mean(total), parts

@@ -24,12 +24,17 @@ class TaskObjective:
     """Maps the examples of a device to the loss of the global batch, a scalar, and its unweighted parts."""
     needs_middle: Callable[[ObjectiveSettings], bool] = lambda _: False
     """Whether the objective needs embeddings of the middle layer."""
+    needs_texts: Callable[[ObjectiveSettings], bool] = lambda _: False
+    """Whether the objective needs to know which passages have the same text."""
     needs_negatives: bool = False
     """Whether examples without negatives have zero loss and gradient."""
 
 
 OBJECTIVES: dict[str, dict[Task, TaskObjective]] = {
-    "info_nce": {"ir": TaskObjective(info_nce_ir), "sts": TaskObjective(info_nce_sts)},
+    "info_nce": {
+        "ir": TaskObjective(info_nce_ir, needs_texts=lambda settings: settings.mask_duplicates),
+        "sts": TaskObjective(info_nce_sts),
+    },
     "codi": {"sts": TaskObjective(codi_sts, needs_middle=lambda settings: settings.mid_info_nce_weight > 0)},
     "cosent": {"ir": TaskObjective(cosent_ir, needs_negatives=True), "sts": TaskObjective(cosent_sts)},
 }

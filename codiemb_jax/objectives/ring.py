@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codiemb_jax.objectives.groups import Examples, Groups
+from codiemb_jax.objectives.duplicates import has_same_text
+from codiemb_jax.objectives.groups import Examples, Groups, Tree
 from codiemb_jax.objectives.numerics import EXACT, mask_value
 
 TILE_QUERIES = 512
@@ -31,6 +32,8 @@ class _Queries(NamedTuple):
     """[tiles, queries, dim]"""
     positions: jax.Array
     """int [tiles, queries], see `Groups.positions`; -1 for padding"""
+    texts: jax.Array | None
+    """int32 [tiles, queries, texts], see `PassageTexts.positives`"""
 
 
 class _Passages(NamedTuple):
@@ -42,6 +45,8 @@ class _Passages(NamedTuple):
     """int [tiles, examples], see `Groups.positions`; -1 for padding"""
     present: jax.Array
     """bool [tiles, examples, positives + negatives]"""
+    texts: jax.Array | None
+    """int32 [tiles, examples, positives + negatives], see `PassageTexts.passages`"""
 
 
 class _Static(NamedTuple):
@@ -57,85 +62,104 @@ class _Static(NamedTuple):
     temperature: float
 
 
-_Sums = tuple[jax.Array, jax.Array]
-"""Maximum of the scores of each query in each set, and sum of exponentials relative to it, [..., positives + 1]."""
+class _Sums(NamedTuple):
+    """What is known of the scores of each query in each set."""
+
+    maximum: jax.Array
+    """[tiles, queries, positives + 1]"""
+    total: jax.Array
+    """[tiles, queries, positives + 1]: sum of exponentials relative to the maximum"""
+    masked: jax.Array | None
+    """int32 [tiles, queries]: number of passages that are masked because of their text"""
 
 
-def ring_info_nce(examples: Examples, temperature: float, groups: Groups) -> jax.Array:
-    """Computes the same as `dense_info_nce`, in memory that does not depend on the size of the pools.
-
-    Args:
-      examples: The examples of this device.
-      temperature: The softmax temperature.
-      groups: The pools.
-
-    Returns:
-      The loss of each query, [examples].
-    """
+def ring_info_nce(examples: Examples, temperature: float, groups: Groups) -> tuple[jax.Array, jax.Array | None]:
+    """Computes the same as `dense_info_nce`, in memory that does not depend on the size of the pools."""
     b, texts, _ = examples.passages.shape
     positives = texts - examples.present.shape[1]
-    sets = tuple(np.minimum(np.arange(texts), positives).tolist())
     positions = groups.positions(b)
     present = jnp.pad(examples.present, ((0, 0), (positives, 0)), constant_values=True)
-    queries = _Queries(_tiles(examples.queries, TILE_QUERIES, 0), _tiles(positions, TILE_QUERIES, -1))
-    size = max(1, TILE_PASSAGES // texts)
-    passages = _Passages(_tiles(examples.passages, size, 0), _tiles(positions, size, -1), _tiles(present, size, False))
-    log_sums = _log_sums(queries, passages, _Static(groups, b, positives, sets, temperature))
-    log_sums = log_sums.reshape(-1, positives + 1)[:b]
+    passage_texts, positive_texts = None, None
+    if examples.texts is not None:
+        passage_texts, positive_texts = map(jnp.asarray, examples.texts)
+    queries = _Queries(examples.queries, positions, positive_texts)
+    passages = _Passages(examples.passages, positions, present, passage_texts)
+    sets = tuple(np.minimum(np.arange(texts), positives).tolist())
+    outputs = _log_sums(
+        _tiles(queries, TILE_QUERIES),
+        _tiles(passages, max(1, TILE_PASSAGES // texts)),
+        _Static(groups, b, positives, sets, temperature),
+    )
+    log_sums, masked = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], outputs)
     to_own = jnp.einsum("bd,bkd->bk", examples.queries, examples.passages[:, :positives], precision=EXACT) / temperature
-    return jnp.mean(jnp.logaddexp(log_sums[:, :-1], log_sums[:, -1:]) - to_own, axis=1)
+    return jnp.mean(jnp.logaddexp(log_sums[:, :-1], log_sums[:, -1:]) - to_own, axis=1), masked
 
 
-def _tiles(x: jax.Array, size: int, fill: float) -> jax.Array:
+def _tiles(tree: Tree, size: int) -> Tree:
     """Splits [examples, …] into equal tiles of at most `size` examples, with as little padding as possible."""
-    tiles = -(-len(x) // size)
-    tile = -(-len(x) // tiles)
-    padding = [(0, tiles * tile - len(x))] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding, constant_values=fill).reshape(tiles, tile, *x.shape[1:])
+
+    def split(x: jax.Array) -> jax.Array:
+        tiles = -(-len(x) // size)
+        tile = -(-len(x) // tiles)
+        padding = [(0, tiles * tile - len(x))] + [(0, 0)] * (x.ndim - 1)
+        fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+        return jnp.pad(x, padding, constant_values=fill).reshape(tiles, tile, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
+
+
+_Outputs = tuple[jax.Array, jax.Array | None]
+_Residuals = tuple[_Queries, _Passages, _Sums]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _log_sums(queries: _Queries, passages: _Passages, static: _Static) -> jax.Array:
-    """Returns the log-sum-exp of the scores of each query in each set, [tiles, queries, positives + 1]."""
+def _log_sums(queries: _Queries, passages: _Passages, static: _Static) -> _Outputs:
+    """Returns the log-sum-exp of each query and set, [tiles, queries, positives + 1], and `_Sums.masked`."""
     return _forward(queries, passages, static)[0]
 
 
-def _forward(
-    queries: _Queries, passages: _Passages, static: _Static
-) -> tuple[jax.Array, tuple[_Queries, _Passages, _Sums]]:
-    lowest = mask_value(queries.vectors.dtype)
-    shape = (*queries.positions.shape, static.positives + 1)
-    # The sums start at 1, which vanishes with the first score, so that the logarithm of an empty set is finite.
-    sums = jnp.full_like(queries.vectors, lowest, shape=shape), jnp.ones_like(queries.vectors, shape=shape)
+def _forward(queries: _Queries, passages: _Passages, static: _Static) -> tuple[_Outputs, _Residuals]:
+    full_like = partial(jnp.full_like, queries.vectors)  # differs between devices, unlike jnp.full
+    shape, lowest = queries.positions.shape, mask_value(queries.vectors.dtype)
+    sums = _Sums(
+        maximum=full_like(lowest, shape=(*shape, static.positives + 1)),
+        # Starts at 1, which vanishes with the first score, so that the logarithm of an empty set is finite.
+        total=full_like(1, shape=(*shape, static.positives + 1)),
+        masked=None if queries.texts is None else full_like(0, shape=shape, dtype=jnp.int32),
+    )
 
-    def score(tile: _Queries, block: _Passages, sums: _Sums) -> _Sums:
-        scores = _scores(tile, block, static)
-        maximum = jnp.maximum(sums[0], _per_set(partial(jnp.max, initial=lowest), scores, static))
-        exponentials = jnp.exp(scores - _per_passage(maximum, static))
-        return maximum, sums[1] * jnp.exp(sums[0] - maximum) + _per_set(jnp.sum, exponentials, static)
+    def add_tile(tile: _Queries, block: _Passages, sums: _Sums) -> _Sums:
+        scores, masked = _scores(tile, block, static)
+        maximum = jnp.maximum(sums.maximum, _per_set(partial(jnp.max, initial=lowest), scores, static))
+        total = _per_set(jnp.sum, jnp.exp(scores - _per_passage(maximum, static)), static)
+        return _Sums(
+            maximum,
+            sums.total * jnp.exp(sums.maximum - maximum) + total,
+            None
+            if masked is None or sums.masked is None
+            else sums.masked + jnp.sum(masked, axis=(1, 2), dtype=jnp.int32),
+        )
 
     def stop(visitors: _Queries, sums: _Sums, kept: None) -> tuple[_Sums, None]:
         def add_block(sums: _Sums, block: _Passages) -> tuple[_Sums, None]:
             def add(x: tuple[_Queries, _Sums]) -> _Sums:
-                return _if_pooled(x[0], block, static, partial(score, x[0], block), x[1])
+                return _if_pooled(x[0], block, static, partial(add_tile, x[0], block), x[1])
 
             return jax.lax.map(add, (visitors, sums)), None
 
         return jax.lax.scan(add_block, sums, passages)[0], kept
 
     sums, _ = _tour(stop, queries, sums, None, static)
-    return sums[0] + jnp.log(sums[1]), (queries, passages, sums)
+    return (sums.maximum + jnp.log(sums.total), sums.masked), (queries, passages, sums)
 
 
-def _backward(
-    static: _Static, residuals: tuple[_Queries, _Passages, _Sums], gradient: jax.Array
-) -> tuple[_Queries, _Passages]:
-    queries, passages, (maximum, total) = residuals
-    scale = gradient / total / static.temperature
+def _backward(static: _Static, residuals: _Residuals, gradients: _Outputs) -> tuple[_Queries, _Passages]:
+    queries, passages, sums = residuals
+    scale = gradients[0] / sums.total / static.temperature
 
-    def pull_back(visitors: Any, block: _Passages, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def add_tile(visitors: Any, block: _Passages, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tile, maximum, scale = visitors
-        exponentials = jnp.exp(_scores(tile, block, static) - _per_passage(maximum, static))
+        exponentials = jnp.exp(_scores(tile, block, static)[0] - _per_passage(maximum, static))
         weights = exponentials * _per_passage(scale, static)
         to_queries = sums[0] + jnp.einsum("qpe,epd->qd", weights, block.vectors, precision=EXACT)
         return to_queries, sums[1] + jnp.einsum("qpe,qd->epd", weights, tile.vectors, precision=EXACT)
@@ -146,8 +170,8 @@ def _backward(
 
             def add(to_block: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
                 visitors, to_tile = x
-                pull = partial(pull_back, visitors, block)
-                to_tile, to_block = _if_pooled(visitors[0], block, static, pull, (to_tile, to_block))
+                update = partial(add_tile, visitors, block)
+                to_tile, to_block = _if_pooled(visitors[0], block, static, update, (to_tile, to_block))
                 return to_block, to_tile
 
             to_block, to_queries = jax.lax.scan(add, sums[1][i], (visitors, sums[0]))
@@ -156,9 +180,9 @@ def _backward(
         return jax.lax.fori_loop(0, len(passages.vectors), add_block, (to_queries, to_passages))
 
     to_queries, to_passages = jnp.zeros_like(queries.vectors), jnp.zeros_like(passages.vectors)
-    to_queries, to_passages = _tour(stop, (queries, maximum, scale), to_queries, to_passages, static)
+    to_queries, to_passages = _tour(stop, (queries, sums.maximum, scale), to_queries, to_passages, static)
     # None is the gradient of integers.
-    return _Queries(to_queries, None), _Passages(to_passages, None, None)  # type: ignore[arg-type]
+    return _Queries(to_queries, None, None), _Passages(to_passages, None, None, None)  # type: ignore[arg-type]
 
 
 _log_sums.defvjp(_forward, _backward)
@@ -189,11 +213,19 @@ def _tour(stop: Callable, visitors: Any, carried: Any, kept: Any, static: _Stati
     return jax.lax.fori_loop(0, stops, body, (visitors, carried, kept))[1:]
 
 
-def _scores(tile: _Queries, block: _Passages, static: _Static) -> jax.Array:
-    """Returns the scores of a tile, [queries, positives + negatives, examples], masked except those of candidates."""
+def _scores(tile: _Queries, block: _Passages, static: _Static) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the scores of a tile, lowest for all but candidates, and which passages are masked because of their text.
+
+    Both are [queries, positives + negatives, examples].
+    """
     scores = jnp.einsum("qd,epd->qpe", tile.vectors, block.vectors, precision=EXACT) / static.temperature
-    in_pool = static.groups.together(tile.positions, block.positions, static.examples)
-    return jnp.where(in_pool[:, None] & block.present.T, scores, mask_value(scores.dtype))
+    candidate = static.groups.together(tile.positions, block.positions, static.examples)[:, None] & block.present.T
+    masked = None
+    if tile.texts is not None and block.texts is not None:
+        own = tile.positions[:, None] == block.positions
+        masked = candidate & has_same_text(tile.texts, block.texts, own, static.positives).swapaxes(1, 2)
+        candidate &= ~masked
+    return jnp.where(candidate, scores, mask_value(scores.dtype)), masked
 
 
 def _if_pooled(tile: _Queries, block: _Passages, static: _Static, add: Callable, sums: Any) -> Any:

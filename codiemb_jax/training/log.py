@@ -76,7 +76,7 @@ class MetricsLog:
         Raises:
           UserError: If the loss or the gradient norm is NaN or infinite.
         """
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
         names = [self._names[source] for source in plan.sources]
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             fix = (

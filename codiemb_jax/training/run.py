@@ -102,11 +102,14 @@ def open_run(setup: TrainingSetup) -> Run:
     sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
     check_negatives(settings, names, datasets)
     layout = batch_layout(settings, setup.mesh, backend=attention_backend(setup))
+    compare_texts = any(
+        OBJECTIVES[task.objective][task.name].needs_texts(settings.objective) for task in settings.tasks
+    )
     if settings.data.sampler == "mixed":
-        plan: Plan = MixedPlan(sources, settings.data, settings.seed, layout)
+        plan: Plan = MixedPlan(sources, settings.data, settings.seed, layout, compare_texts)
     else:
         group_sizes = {task.name: task.group_size for task in settings.tasks}
-        plan = Plan(sources, settings.data, settings.seed, layout, group_sizes)
+        plan = Plan(sources, settings.data, settings.seed, layout, group_sizes, compare_texts)
     steps = settings.optimizer.max_steps or settings.optimizer.epochs * plan.steps_per_epoch
     if steps > MAX_INT:
         raise UserError(f"optimizer.epochs: {steps} steps are too many; the maximum is {MAX_INT}")

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from codiemb_jax.batch import Batch, StepTask, TokenRows
+from codiemb_jax.batch import Batch, PassageTexts, StepTask, TokenRows
 from codiemb_jax.config import Settings
 from codiemb_jax.models.build import random_key
 from codiemb_jax.models.embed import embed, embed_with_middle, token_keys
@@ -143,7 +143,11 @@ def batch_loss(
     )
 
     def device_loss(
-        embeddings: tuple[jax.Array, jax.Array | None], queries: jax.Array, passages: jax.Array, scores: jax.Array
+        embeddings: tuple[jax.Array, jax.Array | None],
+        queries: jax.Array,
+        passages: jax.Array,
+        scores: jax.Array,
+        texts: PassageTexts | None,
     ) -> Loss:
         is_padding, passages = passages < 0, jnp.maximum(passages, 0)
         final, middle = embeddings
@@ -154,12 +158,14 @@ def batch_loss(
                 present=~is_padding[:, settings.data.positives_per_query :],
                 scores=scores,
                 middle=None if middle is None else (middle[queries], middle[passages]),
+                texts=texts,
             )
         )
 
     global_loss = jax.shard_map(device_loss, mesh=mesh, in_specs=PartitionSpec(ROW_AXES), out_specs=PartitionSpec())
     embeddings = jax.tree.map(l2_normalize, embeddings)
-    return global_loss(embeddings, *map(jnp.asarray, (batch.queries, batch.passages, batch.scores)))
+    examples = (batch.queries, batch.passages, batch.scores, batch.texts)
+    return global_loss(embeddings, *jax.tree.map(jnp.asarray, examples))
 
 
 def make_step(

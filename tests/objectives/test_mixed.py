@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from codiemb_jax.batch import PassageTexts
 from codiemb_jax.config import ObjectiveSettings
 from codiemb_jax.objectives.groups import Examples, Groups
 from codiemb_jax.objectives.mixed import mixed
@@ -159,3 +160,37 @@ def test_gradients_are_finite_in_edge_cases(ir, sts, tasks):
                 (loss, _), gradients = compute(*inputs, mask, labels)
                 assert np.isfinite(loss)
                 assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_duplicates_are_masked_and_counted_on_ir_devices():
+    inputs, present, scores = make_batch(TASKS)
+    rng = np.random.default_rng(3)
+    texts = rng.integers(0, 6, inputs[1].shape[:2]).astype(np.int32)
+    texts[:, POSITIVES:][~present] = -1
+    texts = PassageTexts(texts, texts[:, :POSITIVES])
+    examples = Examples(*inputs[:2], present, scores, tuple(inputs[2:]), texts)
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(AxisType.Auto,) * 2)
+    objectives = {"ir": OBJECTIVES["info_nce"]["ir"], "sts": OBJECTIVES["codi"]["sts"]}
+    sizes = {"ir": None, "sts": None}
+    sharded = jax.shard_map(
+        lambda examples: mixed(examples, SETTINGS, objectives, sizes, AXES),
+        mesh=mesh,
+        in_specs=PartitionSpec(AXES),
+        out_specs=PartitionSpec(),
+    )
+    _, parts = jax.jit(sharded)(examples)
+    by_device = [
+        jax.tree.map(lambda x, d=device: x[d * EXAMPLES_PER_DEVICE : (d + 1) * EXAMPLES_PER_DEVICE], examples)
+        for device, task in enumerate(TASKS)
+        if task == "ir"
+    ]
+    masked = 0
+    for own in by_device:
+        for i in range(EXAMPLES_PER_DEVICE):
+            same = np.isin(own.texts.passages, own.texts.positives[i])
+            same[i, :POSITIVES] = False
+            masked += same.sum()
+    assert parts["masked"] == masked > 10
+    assert np.issubdtype(parts["masked"].dtype, np.integer)
+    compute = jax.jit(lambda examples: objectives["ir"].compute(examples, SETTINGS, Groups(None))[0])
+    assert_same(parts["info_nce"], np.mean([compute(own) for own in by_device]))

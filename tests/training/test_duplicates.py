@@ -1,0 +1,85 @@
+"""Tests `objective.mask_duplicates` from a data file with repeated texts to the metrics of a step."""
+
+import itertools
+import json
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from codiemb_jax.embedder import Embedder
+from codiemb_jax.objectives import contrastive
+from tests.helpers import golden_settings, run
+
+# (query, positives, negatives); one positive is drawn for each query, and all negatives.
+RECORDS = [
+    ("reset my password", ["Use the link on the sign-in page.", "Ask the help desk."], ["We ship worldwide."]),
+    ("forgot my login", ["Ask the help desk."], ["The office opens at nine."]),
+    ("cannot sign in", ["Use the link on the sign-in page."], ["Ask the help desk."]),
+    ("opening hours", ["The office opens at nine."], ["Paris is the capital of France."]),
+    ("where do you deliver", ["We ship worldwide."], ["We ship worldwide."]),
+    ("capital of France", ["Paris is the capital of France."], ["Lyon is a city in France."]),
+    ("second city of France", ["Lyon is a city in France."], ["The Seine is a river."]),
+    ("river in Paris", ["The Seine is a river."], ["The Rhine is a river."]),
+]  # fmt: skip
+TEMPERATURE = 0.05
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def expected(model, drawn, mask):
+    """Returns the loss and the number of masked pairs if `drawn` are the drawn positives."""
+    candidates = [*enumerate(drawn), *((None, text) for _, _, negatives in RECORDS for text in negatives)]
+    queries = model.encode_query([query for query, _, _ in RECORDS], prompt="").astype(np.float64)
+    passages = model.encode_document([text for _, text in candidates]).astype(np.float64)
+    scores = queries @ passages.T / TEMPERATURE
+    losses, masked = [], 0
+    for i, (_, positives, _) in enumerate(RECORDS):
+        kept = [not mask or own == i or text not in positives for own, text in candidates]
+        masked += kept.count(False)
+        losses.append(np.log(np.exp(scores[i][kept]).sum()) - scores[i, i])
+    return np.mean(losses), masked
+
+
+def test_step_masks_duplicates(golden, tmp_path):
+    lines = [
+        {
+            "task_type": "ir",
+            "query": ["", "", query],
+            "positives": [["", "", text] for text in positives],
+            "negatives": [["", "", text] for text in negatives],
+        }
+        for query, positives, negatives in RECORDS
+    ]
+    (tmp_path / "repeated.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"ir": [str(tmp_path / "repeated.jsonl")], "negatives_per_query": 1}
+
+    def first_line(name, mask):
+        settings = golden_settings(
+            golden, tmp_path / name, data=data,
+            objective={"temperature": TEMPERATURE, "mask_duplicates": mask},
+            optimizer={"learning_rate": 0.0, "max_steps": 1}, export=name == "masked",
+        )  # fmt: skip
+        return run(settings, tmp_path)[0]
+
+    with patch.object(contrastive, "DENSE_BYTES", 0):
+        ring = first_line("ring", True)
+    masked, unmasked = first_line("masked", True), first_line("unmasked", False)
+    model = Embedder.from_pretrained(tmp_path / "masked" / "export")
+    # The plan draws one of the two positives of the first query.
+    draws = list(itertools.product(*(positives for _, positives, _ in RECORDS)))
+    assert len(draws) == 2
+    results = [(*expected(model, drawn, True), *expected(model, drawn, False)) for drawn in draws]
+    loss, count, loss_without, _ = min(results, key=lambda result: abs(result[2] - unmasked["loss"]))
+    assert unmasked["loss"] == pytest.approx(loss_without, rel=1e-5)
+    assert masked["loss"] == masked["info_nce"] == pytest.approx(loss, rel=1e-5)
+    assert masked["loss"] < unmasked["loss"] - 0.01
+    assert masked["masked"] == count > 8
+    assert isinstance(masked["masked"], int)
+    assert "masked" not in unmasked
+    for name in ("loss", "grad_norm", "masked"):
+        assert ring[name] == pytest.approx(masked[name], rel=1e-5)
+    assert ring["loss"] != masked["loss"] or ring["grad_norm"] != masked["grad_norm"]  # it is rounded differently
