@@ -5,15 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from codiemb_jax.batch import Batch, StepTask, TokenRows
+from codiemb_jax.batch import Batch, PassageTexts, StepTask, TokenRows
 from codiemb_jax.config import Settings
+from codiemb_jax.data.duplicates import MIN_POSITIVES
 from codiemb_jax.data.layout import BatchLayout
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.training.optimizer import make_optimizer
 from codiemb_jax.training.schedule import make_schedule
 from codiemb_jax.training.state import abstract_state
-from codiemb_jax.training.step import make_step
+from codiemb_jax.training.step import make_step, needs_texts
 
 
 def tpu_devices(topology: str) -> list[Any]:
@@ -23,7 +24,7 @@ def tpu_devices(topology: str) -> list[Any]:
     return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
-def abstract_batch(layout: BatchLayout, passages: int, mesh: jax.sharding.Mesh) -> Batch:
+def abstract_batch(layout: BatchLayout, passages: int, mesh: jax.sharding.Mesh, compare_texts: bool) -> Batch:
     """Returns the shapes, dtypes and shardings of a batch with `passages` passages per example."""
 
     def array(dtype: Any, *shape: int) -> Any:
@@ -31,12 +32,14 @@ def abstract_batch(layout: BatchLayout, passages: int, mesh: jax.sharding.Mesh) 
 
     examples, rows = layout.order.size, layout.devices * layout.rows
     tokens = array(jnp.int32, rows, layout.row_length)
+    texts = PassageTexts(array(jnp.int32, examples, passages), array(jnp.int32, examples, MIN_POSITIVES))
     return Batch(
         rows=TokenRows(tokens, tokens, tokens, tokens),
         text_ids=array(jnp.int32, rows, layout.slots),
         queries=array(jnp.int32, examples),
         passages=array(jnp.int32, examples, passages),
         scores=array(jnp.float32, examples),
+        texts=texts if compare_texts else None,
     )
 
 
@@ -61,4 +64,5 @@ def trace_step(
     # `jax.set_mesh` would try to put constants on devices that are not there.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step: Any = make_step(graph, optimizer, schedule, settings, mesh, state, task, dropout)
-        return step.trace(state, jax.ShapeDtypeStruct((), jnp.int32), abstract_batch(layout, passages, mesh))
+        batch = abstract_batch(layout, passages, mesh, needs_texts(settings, task))
+        return step.trace(state, jax.ShapeDtypeStruct((), jnp.int32), batch)

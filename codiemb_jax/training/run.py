@@ -25,6 +25,7 @@ from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import dataset_names, find_files
 from codiemb_jax.training.run_folder import RunFolder
 from codiemb_jax.training.state import HOST_MEMORY
+from codiemb_jax.training.step import needs_texts
 
 DEVICES = "batch shards (mesh.data x mesh.fsdp)"
 """Key of the number of devices in the inputs of a run with `sampler: mixed`, whose steps depend on it."""
@@ -102,9 +103,7 @@ def open_run(setup: TrainingSetup) -> Run:
     sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
     check_negatives(settings, names, datasets)
     layout = batch_layout(settings, setup.mesh, backend=attention_backend(setup))
-    compare_texts = any(
-        OBJECTIVES[task.objective][task.name].needs_texts(settings.objective) for task in settings.tasks
-    )
+    compare_texts = needs_texts(settings, "ir")
     if settings.data.sampler == "mixed":
         plan: Plan = MixedPlan(sources, settings.data, settings.seed, layout, compare_texts)
     else:

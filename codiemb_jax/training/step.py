@@ -50,6 +50,15 @@ def step_objective(settings: Settings, task: StepTask) -> tuple[bool, Callable[[
     return needs_middle, lambda examples: objectives[task].compute(examples, settings.objective, groups)
 
 
+def needs_texts(settings: Settings, task: StepTask) -> bool:
+    """Whether the objectives of a step need to know which passages have the same text."""
+    return any(
+        OBJECTIVES[spec.objective][spec.name].needs_texts(settings.objective)
+        for spec in settings.tasks
+        if task in (spec.name, "mixed")
+    )
+
+
 def embed_in_chunks(
     graph: Any,
     params: Any,

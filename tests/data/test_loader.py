@@ -82,7 +82,7 @@ def make_sources(datasets: list[PreparedDataset]) -> list[Source]:
 
 
 def make_plan(datasets: list[PreparedDataset], layout: Layout) -> Plan:
-    plan = Plan(make_sources(datasets), SETTINGS, 5, layout, {"ir": None, "sts": None})
+    plan = Plan(make_sources(datasets), SETTINGS, 5, layout, {"ir": None, "sts": None}, compare_texts=True)
     assert plan.steps_per_epoch == 4
     steps = [plan.step(number) for number in range(STEPS)]
     assert {step.task for step in steps} == {"ir", "sts"}
@@ -94,7 +94,7 @@ def make_plan(datasets: list[PreparedDataset], layout: Layout) -> Plan:
 def make_mixed_plan(datasets: list[PreparedDataset], layout: Layout) -> MixedPlan:
     """Returns a plan with two examples for each of eight devices, where every step has both tasks."""
     settings = SETTINGS.model_copy(update={"sampler": "mixed", "ir_global_batch_size": 16})
-    plan = MixedPlan(make_sources(datasets), settings, 5, layout)
+    plan = MixedPlan(make_sources(datasets), settings, 5, layout, compare_texts=True)
     assert all({datasets[source].task for source in plan.step(i).sources} == {"ir", "sts"} for i in range(4))
     return plan
 
@@ -197,7 +197,7 @@ class ExpectedBatches:
                 [order.index((i, 1 + j)) if (i, 1 + j) in present else -1 for j in range(width)] for i in local
             ]
             fields["scores"] += [float(np.float32(examples[i].get("positive_scores", [np.nan])[0])) for i in local]
-        return {"rows": lay_out(rows, step.layout.row_length), **fields}
+        return {"rows": lay_out(rows, step.layout.row_length), **fields, "texts": step.texts}
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,8 @@ def assert_equal(batch: Batch, fields: dict[str, Any]) -> None:
         assert value.tolist() == fields[name], name
     assert batch.scores.dtype == np.float32
     np.testing.assert_array_equal(batch.scores, fields["scores"])
+    assert (batch.texts is None) == np.isfinite(batch.scores).all()  # only batches with IR have texts
+    jax.tree.map(np.testing.assert_array_equal, batch.texts, fields["texts"])
 
 
 def indices_by_example(batch: Batch, devices: int) -> list[list[tuple[int, int] | None]]:
@@ -460,7 +462,8 @@ def test_hosts_read_only_their_examples_and_assemble_the_global_batch(
                 jax.tree.map(np.testing.assert_array_equal, part, parts[i])
             ((loaded, arrays),) = batches(plan, datasets, host, start=number, stop=number + 1)
             assert loaded.number == number
-            for (shape, blocks), leaf in zip([*arrays.rows, *arrays[1:]], jax.tree.leaves(whole), strict=True):
+            placed = jax.tree.leaves(arrays, is_leaf=lambda leaf: type(leaf) is tuple)
+            for (shape, blocks), leaf in zip(placed, jax.tree.leaves(whole), strict=True):
                 assert shape == leaf.shape
                 assert len(blocks) == len(local_devices)
                 for i in local_devices:

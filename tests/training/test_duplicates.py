@@ -7,8 +7,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from codiemb_jax.config import Settings
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.objectives import contrastive
+from codiemb_jax.training.step import needs_texts
 from tests.helpers import golden_settings, run
 
 # (query, positives, negatives); one positive is drawn for each query, and all negatives.
@@ -57,29 +59,38 @@ def test_step_masks_duplicates(golden, tmp_path):
     (tmp_path / "repeated.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {"ir": [str(tmp_path / "repeated.jsonl")], "negatives_per_query": 1}
 
-    def first_line(name, mask):
+    def first_line(name):
         settings = golden_settings(
-            golden, tmp_path / name, data=data,
-            objective={"temperature": TEMPERATURE, "mask_duplicates": mask},
-            optimizer={"learning_rate": 0.0, "max_steps": 1}, export=name == "masked",
+            golden, tmp_path / name, data=data, objective={"temperature": TEMPERATURE},
+            optimizer={"learning_rate": 0.0, "max_steps": 1}, export=name == "dense",
         )  # fmt: skip
         return run(settings, tmp_path)[0]
 
-    with patch.object(contrastive, "DENSE_BYTES", 0):
-        ring = first_line("ring", True)
-    masked, unmasked = first_line("masked", True), first_line("unmasked", False)
-    model = Embedder.from_pretrained(tmp_path / "masked" / "export")
+    line = first_line("dense")
+    model = Embedder.from_pretrained(tmp_path / "dense" / "export")
     # The plan draws one of the two positives of the first query.
     draws = list(itertools.product(*(positives for _, positives, _ in RECORDS)))
     assert len(draws) == 2
-    results = [(*expected(model, drawn, True), *expected(model, drawn, False)) for drawn in draws]
-    loss, count, loss_without, _ = min(results, key=lambda result: abs(result[2] - unmasked["loss"]))
-    assert unmasked["loss"] == pytest.approx(loss_without, rel=1e-5)
-    assert masked["loss"] == masked["info_nce"] == pytest.approx(loss, rel=1e-5)
-    assert masked["loss"] < unmasked["loss"] - 0.01
-    assert masked["masked"] == count > 8
-    assert isinstance(masked["masked"], int)
-    assert "masked" not in unmasked
+    results = [expected(model, drawn, True) for drawn in draws]
+    loss, masked = min(results, key=lambda result: abs(result[0] - line["loss"]))
+    assert line["loss"] == line["info_nce"] == pytest.approx(loss, rel=1e-5)
+    assert line["masked"] == masked > 8
+    assert isinstance(line["masked"], int)
+    for drawn in draws:
+        assert abs(expected(model, drawn, False)[0] - line["loss"]) > 0.01
+    with patch.multiple(contrastive, DENSE_BYTES=0, dense_info_nce=None):
+        ring = first_line("ring")
     for name in ("loss", "grad_norm", "masked"):
-        assert ring[name] == pytest.approx(masked[name], rel=1e-5)
-    assert ring["loss"] != masked["loss"] or ring["grad_norm"] != masked["grad_norm"]  # it is rounded differently
+        assert ring[name] == pytest.approx(line[name], rel=1e-5)
+
+
+def test_texts_are_compared_only_if_needed(golden, tmp_path):
+    def needed(task, **objective):
+        data = {"ir": ["ir.jsonl"], "sts": ["sts.jsonl"]}
+        settings = Settings.model_validate(golden_settings(golden, tmp_path, data=data, objective=objective))
+        return needs_texts(settings, task)
+
+    assert needed("ir") and needed("mixed")
+    assert not needed("sts")
+    assert not needed("ir", mask_duplicates=False)
+    assert not needed("ir", ir="cosent")
