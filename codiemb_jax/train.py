@@ -6,8 +6,7 @@ Run the same command again to continue from the newest checkpoint in output_dir.
 from collections.abc import Sequence
 from pathlib import Path
 
-from codiemb_jax.errors import UserError
-from codiemb_jax.program import Parser, loading_modules, run_program
+from codiemb_jax.program import loading_modules, run_program
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_jax.train") -> None:
@@ -17,28 +16,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
       UserError: If the arguments, settings, model or data are invalid, or training fails.
     """
     with loading_modules():
-        from codiemb_jax.config_file import find_config, flags_parser, load_settings, parse_flags
+        from codiemb_jax.options import config_parser, read_options
 
-    parser = Parser(prog, __doc__, add_help=False)
-    parser.add_argument(
-        "--config",
-        action="append",
-        metavar="FILE",
-        help="YAML file with settings, or the name of a configuration of this package, such as quickstart",
-    )
-    parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
-    options, flags = parser.parse_known_args(arguments)
-    if options.help:
-        parents = [parser, flags_parser()]
-        usage = "%(prog)s --config FILE [--SETTING VALUE ...]"
-        Parser(prog, __doc__, usage=usage, add_help=False, parents=parents).print_help()
+    found = read_options(config_parser(prog, __doc__), arguments)
+    if found is None:
         return
-    if not options.config:
-        parse_flags(flags)  # an unknown flag may be a misspelled --config
-        raise UserError("--config is required; give a settings file, for example --config quickstart")
-    if len(options.config) > 1:
-        raise UserError(f"--config: given {len(options.config)} times")
-    settings = load_settings(find_config(options.config[0]), flags)
+    _, settings = found
 
     with loading_modules():
         from codiemb_jax.compilation import use_compilation_cache

@@ -91,7 +91,7 @@ def test_commands_are_valid(page):
         elif program := parse_program(words):
             name, arguments = program
             assert name in cli.PROGRAMS, words
-            if name == "train":
+            if name in ("train", "prepare"):
                 check_train_arguments(arguments)
             else:
                 source = read_text(REPOSITORY / (cli.PROGRAMS[name][0].replace(".", "/") + ".py"))

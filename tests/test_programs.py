@@ -18,6 +18,7 @@ PROGRAMS = {
         "--optimizer.learning_rate",
         "--data.max_examples",
     },
+    "codiemb_jax.prepare": {"--config", "--beam", "--model.path", "--data.max_examples"},
     "convert.hf_to_orbax": {"--model", "--output"},
     "convert.orbax_to_hf": {"--checkpoint", "--output", "--verify"},
     "codiemb": {"--version"},

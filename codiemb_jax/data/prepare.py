@@ -43,6 +43,7 @@ def prepare(
     query_max_tokens: int,
     passage_max_tokens: int,
     cache: Path,
+    beam_runner: str | None = None,
 ) -> PreparedDataset:
     """Tokenizes a data file, or reuses the dataset in `cache` if nothing it depends on has changed.
 
@@ -56,6 +57,7 @@ def prepare(
       query_max_tokens: Maximum number of tokens of queries and of texts of STS pairs.
       passage_max_tokens: Maximum number of tokens of passages.
       cache: The folder of all prepared datasets.
+      beam_runner: Name of the runner with which Apache Beam tokenizes; None for processes on this machine.
 
     Raises:
       UserError: If lines are invalid (listed by file, line and field), or if the cache cannot be written.
@@ -81,7 +83,8 @@ def prepare(
         with scratch:
             unfinished = Path(scratch.name) / "unfinished"
             try:
-                write_dataset(DataFile(path, task, tokenizer, query_max_tokens, passage_max_tokens), unfinished)
+                file = DataFile(path, task, tokenizer, query_max_tokens, passage_max_tokens)
+                write_dataset(file, unfinished, beam_runner)
                 if file_digest(path, cache) != digest:
                     raise UserError(f"{path}: changed while it was read; run again")
                 _move_into_place(unfinished, folder)
@@ -120,8 +123,8 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def write_dataset(file: DataFile, folder: Path) -> None:
-    """Writes the dataset of one file and finally its index.
+def write_dataset(file: DataFile, folder: Path, beam_runner: str | None) -> None:
+    """Writes the dataset of one file and finally its index. See `prepare`.
 
     Raises:
       UserError: If lines are invalid, or texts have no content token.
@@ -130,7 +133,7 @@ def write_dataset(file: DataFile, folder: Path) -> None:
     text_problems: list[str] = []
     empty = True
     with IndexWriter(folder, file.query_max_tokens, file.passage_max_tokens) as index:
-        with closing(_write_parts(file, folder)) as outcomes:
+        with closing(_write_parts(file, folder, beam_runner)) as outcomes:
             for outcome in outcomes:
                 line_problems += outcome.line_problems
                 text_problems += outcome.text_problems
@@ -143,12 +146,19 @@ def write_dataset(file: DataFile, folder: Path) -> None:
         index.finish()
 
 
-def _write_parts(file: DataFile, folder: Path) -> Generator[Outcome]:
+def _write_parts(file: DataFile, folder: Path, beam_runner: str | None) -> Generator[Outcome]:
     """Writes the parts of a dataset in file order, and shows a progress bar on stderr if it is a terminal."""
     size = file.path.stat().st_size
     parts = list(split_lines(file.path, min(max(size // 64, MIN_PART_BYTES), MAX_PART_BYTES)))
     workers = min(available_processors(), size // PROCESS_BYTES)
-    write = write_in_processes(file, parts, folder, workers) if workers > 1 else _write_here(file, parts, folder)
+    if beam_runner is not None:
+        from codiemb_jax.data.beam import write_with_beam  # an optional dependency
+
+        write = write_with_beam(file, parts, folder, beam_runner)
+    elif workers > 1:
+        write = write_in_processes(file, parts, folder, workers)
+    else:
+        write = _write_here(file, parts, folder)
     console = Console(stderr=True)
     # rich must not redirect stdout because `write_part` does.
     with (

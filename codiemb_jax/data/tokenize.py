@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,21 @@ class Outcome:
     """Problems of invalid lines."""
     text_problems: list[str] = field(default_factory=list)
     """Problems of texts without a content token."""
+
+    def save(self, path: Path) -> None:
+        """Writes the outcome atomically, as several workers may write the same one."""
+        unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        problems = {name: np.array(getattr(self, name), np.str_) for name in ("line_problems", "text_problems")}
+        with unfinished.open("xb") as file:
+            np.savez(file, allow_pickle=False, **problems, **(self.index or {}))
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Outcome":
+        with np.load(path, allow_pickle=False) as arrays:
+            values = dict(arrays)
+        problems = [values.pop(name).tolist() for name in ("line_problems", "text_problems")]
+        return cls(values or None, *problems)
 
 
 class LineTokenizer:

@@ -119,30 +119,36 @@ def pack(lengths: np.ndarray, row_length: int, max_texts: int) -> np.ndarray:
     Returns:
       The row of each text, int [texts], from 0 without gaps.
     """
-    rows = np.empty(lengths.size, np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    distinct, starts = np.unique(-lengths[order], return_index=True)
-    open_rows = [np.empty(0, np.int64)] * (row_length + 1)  # by the room that is left
-    num_open = np.zeros(row_length + 1, np.int64)
-    num_texts = np.zeros(lengths.size, np.int64)  # per row
+    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # by the room that is left
+    rooms = 0  # bit i is set if there are open rows with room for i tokens
+    num_texts = [0] * lengths.size  # per row
     num_rows = 0
-    for length, texts in zip((-distinct).tolist(), np.split(order, starts[1:]), strict=True):
-        while texts.size:
-            fitting = np.flatnonzero(num_open[length:])
-            if fitting.size:
-                room = length + int(fitting[0])
-                chosen, open_rows[room] = np.split(open_rows[room], [texts.size])
-                num_open[room] -= chosen.size
+    assigned: list[int] = []  # the rows of the texts, the longest first
+    distinct, counts = np.unique(lengths, return_counts=True)
+    # Python's lists and integers are faster here than many small arrays.
+    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1  # of the fullest row
+                chosen = open_rows[room][:count]
+                del open_rows[room][:count]
+                if not open_rows[room]:
+                    rooms ^= 1 << room
             else:
                 room = row_length
                 per_row = min(row_length // length, max_texts)
-                chosen = np.arange(num_rows, num_rows - (-texts.size // per_row))
-                num_rows += chosen.size
-            placed, texts = np.split(texts, [chosen.size])
-            rows[placed] = chosen
-            num_texts[chosen] += 1
+                chosen = list(range(num_rows, num_rows - (-count // per_row)))
+                num_rows += len(chosen)
+            assigned += chosen
+            count -= len(chosen)
+            for row in chosen:
+                num_texts[row] += 1
+            still_open = [row for row in chosen if num_texts[row] < max_texts]
             room -= length
-            still_open = chosen[num_texts[chosen] < max_texts]
-            open_rows[room] = np.concatenate([open_rows[room], still_open])
-            num_open[room] += still_open.size
+            if still_open:
+                open_rows[room] += still_open
+                rooms |= 1 << room
+    rows = np.empty(lengths.size, np.int64)
+    rows[np.argsort(-lengths, kind="stable")] = assigned
     return rows

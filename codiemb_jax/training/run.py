@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def open_run(setup: TrainingSetup) -> Run:
     """
     settings = setup.settings
     folder = RunFolder(settings.output_dir)
-    files = {task: find_files(getattr(settings.data, task), f"data.{task}") for task in TASKS}
+    files = find_data(settings)
     input_paths = {
         "model.path": [setup.model.folder.path],
         **{f"data.{task}": [*getattr(settings.data, task), *files[task]] for task in TASKS},
@@ -95,10 +95,7 @@ def open_run(setup: TrainingSetup) -> Run:
     }
     folder.check_location(input_paths)
     check_cache(cache_folder(), settings.output_dir, [path for paths in input_paths.values() for path in paths])
-    limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
-    datasets = [
-        prepare(path, task, setup.tokenizer, cache=cache_folder(), **limits) for task in TASKS for path in files[task]
-    ]
+    datasets = prepare_data(settings, files, setup.tokenizer)
     names = dataset_names([dataset.path for dataset in datasets])
     sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
     check_negatives(settings, names, datasets)
@@ -118,6 +115,26 @@ def open_run(setup: TrainingSetup) -> Run:
         inputs[DEVICES] = str(layout.devices)
     folder.check_same_run(settings, inputs)
     return Run(setup, datasets, names, plan, steps, folder, inputs)
+
+
+def find_data(settings: Settings) -> dict[Task, list[Path]]:
+    """Returns the training files of each task."""
+    return {task: find_files(getattr(settings.data, task), f"data.{task}") for task in TASKS}
+
+
+def prepare_data(
+    settings: Settings,
+    files: Mapping[Task, Sequence[Path]],
+    tokenizer: PromptTokenizer,
+    beam_runner: str | None = None,
+) -> list[PreparedDataset]:
+    """Tokenizes the training files that are not in the cache yet. See `prepare`."""
+    limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
+    return [
+        prepare(path, task, tokenizer, cache=cache_folder(), beam_runner=beam_runner, **limits)
+        for task in TASKS
+        for path in files[task]
+    ]
 
 
 def attention_backend(setup: TrainingSetup) -> Backend:

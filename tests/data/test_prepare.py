@@ -392,9 +392,9 @@ def prepare_together(tokenizer: Path, path: Path, cache: Path, barrier, results)
     """Runs in each of two processes, which start to write only after both have found no dataset."""
     write = module.write_dataset
 
-    def write_together(file, folder):
+    def write_together(file, folder, beam_runner):
         barrier.wait(timeout=120)
-        write(file, folder)
+        write(file, folder, beam_runner)
 
     module.write_dataset = write_together
     prompt_tokenizer = PromptTokenizer(PreTrainedTokenizerFast.from_pretrained(tokenizer), PROMPT)
