@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from inputs import passage_lengths, random_texts, write_model
-from limit import matrix_product_rate, needed_flops, peak_flops
+from limit import ENCODER_TYPES, matrix_product_rate, needed_flops, peak_flops
 from rich.console import Console
 from rich.table import Table
 
@@ -100,7 +100,7 @@ def main() -> None:
     encoded = AutoTokenizer.from_pretrained(options.model)(texts, truncation=True, max_length=options.max_tokens)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     config = json.loads((options.model / "config.json").read_text())
-    flops = needed_flops(config, lengths, causal=config["model_type"] != "bert", training=False)
+    flops = needed_flops(config, lengths, causal=config["model_type"] not in ENCODER_TYPES, training=False)
 
     seconds: dict[str, list[float]] = {name: [] for name in ENCODERS}
     embeddings, rates = {}, []

@@ -11,12 +11,16 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 """Peak rate of dense bfloat16 products of GPUs, by a part of their name, for MFU."""
 
 
+ENCODER_TYPES = ("bert", "xlm-roberta")
+"""Model types whose attention is bidirectional in transformers."""
+
+
 def weight_shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
     """Returns the shapes of the weight matrices of a layer, (inputs, outputs), from a Hugging Face config."""
     hidden, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     queries, keys = heads * head_dim, config.get("num_key_value_heads", heads) * head_dim
-    gate = [] if config["model_type"] in ("bert", "xlm-roberta") else [(hidden, mlp)]
+    gate = [] if config["model_type"] in ENCODER_TYPES else [(hidden, mlp)]
     return [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, mlp), *gate, (mlp, hidden)]
 
 

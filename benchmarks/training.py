@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from inputs import passage_lengths, query_lengths, random_texts, write_model
-from limit import matrix_product_rate, needed_flops, peak_flops
+from limit import ENCODER_TYPES, matrix_product_rate, needed_flops, peak_flops
 from rich.console import Console
 from rich.table import Table
 
@@ -218,7 +218,7 @@ def run_limit(options: argparse.Namespace) -> dict[str, Any]:
         "rate": matrix_product_rate(options.model, tokens, options.dtype),
         "flops_per_token": float(
             np.median([
-                needed_flops(config, lengths, causal=config["model_type"] != "bert", training=True) / lengths.sum()
+                needed_flops(config, lengths, causal=config["model_type"] not in ENCODER_TYPES, training=True) / lengths.sum()
                 for lengths in steps
             ])
         ),

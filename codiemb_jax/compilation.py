@@ -1,8 +1,10 @@
 """The persistent compilation cache, in which programs find what an earlier process compiled."""
 
+import grp
 import hashlib
 import os
 import platform
+import pwd
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from rich.console import Console
 
 from codiemb_jax.data.store import cache_folder
 
+ROOT = 0
+"""User id of the administrator, who can change everything in any case."""
+
 
 def use_compilation_cache() -> None:
-    """Makes JAX keep what it compiles in the cache folder, unless it is configured to use a folder or none.
+    """Makes JAX keep what it compiles in the cache folder, unless a cache folder is configured or the cache is disabled.
 
     JAX runs what it finds there, so only a folder that no other user can write is used; otherwise prints why it is not.
 
@@ -52,12 +57,22 @@ def _processor() -> str:
 
 def _problem(folder: Path) -> str | None:
     """Returns who else could put files into a folder, and the fix; None if nobody."""
-    if folder.stat().st_uid != os.getuid():
-        return f"{folder} belongs to another user; set CODIEMB_JAX_CACHE to a folder of your own"
     if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"other users can write to {folder}; run chmod go-w {folder}"
-    for parent in folder.parents:
-        mode = parent.stat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            return f"other users can replace folders in {parent}; run chmod o-w {parent}"
+    user = os.getuid()
+    for part in (folder, *folder.parents):
+        status = part.stat()
+        if status.st_uid != user and (part == folder or status.st_uid != ROOT):
+            return f"{part} belongs to another user; set CODIEMB_JAX_CACHE to a folder of your own"
+        others = stat.S_IWOTH | (0 if _is_private_group(status.st_gid, user) else stat.S_IWGRP)
+        if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
+            return f"other users can replace folders in {part}; run chmod go-w {part}"
     return None
+
+
+def _is_private_group(group: int, user: int) -> bool:
+    """Whether only the user is in a group: many systems give each user a group of the same name."""
+    try:
+        return grp.getgrgid(group).gr_name == pwd.getpwuid(user).pw_name
+    except KeyError:
+        return False

@@ -83,7 +83,7 @@ def others_can_replace(cache: Path) -> None:
 
 UNTRUSTED = {
     "other users can write to .*; run chmod go-w .*cache/compiled/": others_can_write,
-    "other users can replace folders in .*cache; run chmod o-w .*cache$": others_can_replace,
+    "other users can replace folders in .*cache; run chmod go-w .*cache$": others_can_replace,
     r".*cache/compiled/\w+ cannot be used \(Not a directory\)": lambda cache: cache.write_text("a file"),
 }
 
@@ -102,6 +102,16 @@ def test_folder_of_another_user_is_not_used(cache, capsys, monkeypatch):
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir is None
     assert "belongs to another user; set CODIEMB_JAX_CACHE to a folder of your own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_group_that_only_the_user_is_in_may_write(private, cache, capsys, monkeypatch):
+    monkeypatch.setattr(compilation, "_is_private_group", lambda group, user: private)
+    cache.mkdir()
+    cache.chmod(0o770)
+    use_compilation_cache()
+    assert (jax.config.jax_compilation_cache_dir is not None) == private
+    assert ("other users can replace folders in" in capsys.readouterr().err) != private
 
 
 DAMAGES = {

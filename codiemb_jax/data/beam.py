@@ -4,6 +4,7 @@ Beam's workers must see the data file and the cache. No machine holds all tokens
 index of each part is a small file that is appended to the whole index at the end.
 """
 
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,7 @@ def write_with_beam(file: DataFile, parts: Sequence[Lines], folder: Path, runner
             raise
     for path in paths:
         yield Outcome.load(path)
-        path.unlink()
-    outcomes.rmdir()
+    shutil.rmtree(outcomes)  # with what workers that were restarted have left
 
 
 def _outcome_path(folder: Path, lines: Lines) -> Path:

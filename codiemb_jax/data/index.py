@@ -79,6 +79,10 @@ def read_errors(folder: Path) -> Iterator[None]:
     """Raises `UserError` if a prepared dataset cannot be read."""
     try:
         yield
+    except (MemoryError, UserError):
+        raise
+    except PermissionError as error:
+        raise UserError(f"{folder}: the prepared dataset cannot be read: {error.strerror}") from error
     except Exception as error:  # the libraries raise many types of errors
         reason = shorten(" ".join(str(error).split()), 200)
         raise UserError(f"{folder}: the prepared dataset is damaged ({reason}); delete the folder") from error

@@ -1,5 +1,6 @@
 """Prepares data files: tokenizes them into a cache of ArrayRecord datasets with an index."""
 
+import errno
 import hashlib
 import json
 import os
@@ -96,10 +97,12 @@ def prepare(
 def _move_into_place(unfinished: Path, folder: Path) -> None:
     try:
         unfinished.rename(folder)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         if is_complete(folder):
             return  # another process finished first and wrote the same dataset
-        shutil.rmtree(folder)  # incomplete without an index
+        folder.rename(unfinished.with_name("incomplete"))  # deleted with the temporary folder
         unfinished.rename(folder)
 
 
@@ -181,5 +184,5 @@ def _write_here(file: DataFile, parts: list[Lines], folder: Path) -> Generator[O
     check_only = False
     for lines in parts:
         outcome = write_lines(file, lines, folder, check_only)
-        check_only = check_only or bool(outcome.line_problems or outcome.text_problems)
+        check_only = check_only or bool(outcome.line_problems)
         yield outcome

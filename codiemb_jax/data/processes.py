@@ -37,7 +37,7 @@ def write_in_processes(file: DataFile, parts: Iterable[Lines], folder: Path, wor
       workers: Number of processes.
 
     Yields:
-      The outcome of each part, in order. Once there is a problem, the parts that follow are only checked.
+      The outcome of each part, in order. Once a line is invalid, the parts that follow are only checked.
 
     Raises:
       UserError: If a process was killed.
@@ -56,11 +56,11 @@ def write_in_processes(file: DataFile, parts: Iterable[Lines], folder: Path, wor
             if not pending:
                 return
             outcome = pending.popleft().result()
-            check_only = check_only or bool(outcome.line_problems or outcome.text_problems)
+            check_only = check_only or bool(outcome.line_problems)
             yield outcome
     except BrokenProcessPool as error:
         raise UserError(
-            f"{file.path}: a process that tokenizes it was killed, perhaps because memory ran out; run again with more "
+            f"{file.path}: a process that tokenizes it ended, perhaps because memory ran out; run again with more "
             "memory, or with fewer processors (taskset)"
         ) from error
     finally:

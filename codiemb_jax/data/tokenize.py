@@ -92,7 +92,7 @@ class LineTokenizer:
                 continue
             queries, passages = self._texts(batch)
             if outcome.text_problems:
-                continue  # the rest is only checked
+                continue  # the rest is tokenized only to find all problems
             # Both texts of an STS pair are tokenized as queries.
             others = queries if self._file.task == "sts" else passages
             for record in batch:

@@ -26,7 +26,7 @@ TILE_PASSAGES = 4096
 
 
 class _Queries(NamedTuple):
-    """Queries in tiles, and what tells their candidates."""
+    """Queries in tiles, and what determines their candidates."""
 
     vectors: jax.Array
     """[tiles, queries, dim]"""
@@ -37,7 +37,7 @@ class _Queries(NamedTuple):
 
 
 class _Passages(NamedTuple):
-    """Passages in tiles of whole examples, and what tells whose candidates they are."""
+    """Passages in tiles of whole examples, and what determines whose candidates they are."""
 
     vectors: jax.Array
     """[tiles, examples, positives + negatives, dim]"""

@@ -38,12 +38,14 @@ def plan_batches(lengths: np.ndarray, max_tokens: int, *, max_rows: int, shards:
     """
     longest = int(lengths.max())
     row_length = padded_length(max(longest, min(int(lengths.sum()), SHORT_ROW, max_tokens)), max_tokens)
-    if lengths.sum() > max_rows * row_length:  # worth compiling for just this length
-        row_length = -(-max(longest, SHORT_ROW) // multiple) * multiple
+    max_rows = -(-max_rows // shards) * shards
     text_rows = pack(lengths, row_length, row_length)
+    if text_rows.max() >= max_rows:  # worth compiling for just this length
+        row_length = -(-max(longest, SHORT_ROW) // multiple) * multiple
+        text_rows = pack(lengths, row_length, row_length)
     num_rows = int(text_rows.max()) + 1
-    num_batches = -(-num_rows // (-(-max_rows // shards) * shards))
-    rows = padded_count(-(-num_rows // num_batches), shards)
+    num_batches = -(-num_rows // max_rows)
+    rows = min(padded_count(-(-num_rows // num_batches), shards), max_rows)
     order = np.argsort(text_rows, kind="stable")
     texts = np.split(order, np.searchsorted(text_rows[order], np.arange(rows, num_rows, rows)))
     per_row = int(np.bincount(text_rows).max())

@@ -48,7 +48,7 @@ class SentenceTokenizer:
         The number of prompt tokens is counted by tokenizing the prompt alone, as in sentence-transformers.
 
         Raises:
-          UserError: If `max_tokens` leaves no room for a text or tokenizer.json is invalid.
+          UserError: If `max_tokens` leaves no room for a text, a text has no tokens, or tokenizer.json is invalid.
         """
         special = self._tokenizer.num_special_tokens_to_add(False)
         if max_tokens <= special:
@@ -65,6 +65,9 @@ class SentenceTokenizer:
         with tokenizer_errors():
             encoded = self._tokenizer.encode_batch([prompt + text for text in texts])
             tokens = [Tokens(np.array(text.ids, np.int32), prompt_tokens) for text in encoded]
+        empty = [i for i, text in enumerate(tokens) if not text.ids.size]
+        if empty:
+            raise UserError(f"the tokenizer produces no tokens for {len(empty)} texts, the first is text {empty[0]}")
         if any(text.ids.size > max_tokens for text in tokens):
             raise UserError(f"invalid tokenizer.json: the tokenizer produces more than the {max_tokens} tokens allowed")
         return tokens

@@ -54,7 +54,8 @@ def count_collective_bytes(hlo: str) -> CollectiveBytes:
     def count(name: str) -> CollectiveBytes:
         if name not in counted:
             instructions = computations[name]
-            result = sum((_own(instructions, i) for i in range(len(instructions))), CollectiveBytes(0, 0))
+            sizes = {instruction.name: sum(_sizes(instruction.shape)) for instruction in instructions}
+            result = sum((_own(instructions, i, sizes) for i in range(len(instructions))), CollectiveBytes(0, 0))
             for instruction in instructions:
                 inner = sum((count(called) for called in _called(instruction)), CollectiveBytes(0, 0))
                 if instruction.operation == "while":
@@ -69,15 +70,17 @@ def count_collective_bytes(hlo: str) -> CollectiveBytes:
     return count(entry)
 
 
-def _own(instructions: list[_Instruction], i: int) -> CollectiveBytes:
-    """Counts one instruction, without those that it calls."""
+def _own(instructions: list[_Instruction], i: int, sizes: dict[str, int]) -> CollectiveBytes:
+    """Counts one instruction, without those that it calls, given the sizes of the results of all instructions."""
     instruction = instructions[i]
     operation = instruction.operation
+    operands = sum(sizes.get(name, 0) for name in instruction.operands())
     if operation in OPERATIONS:
-        size = max(_sizes(instruction.shape))
+        size = max(operands, sizes[instruction.name])
         return CollectiveBytes(size, size)
     if operation.removesuffix("-start") in OPERATIONS:
-        size = max(_sizes(instruction.shape))
+        # The result of most starts has the operands and the results.
+        size = max(operands, sizes[instruction.name] - operands)
         for later in instructions[i + 1 :]:
             if later.operation.endswith("-done") and instruction.name in later.operands():
                 return CollectiveBytes(size, size)
@@ -87,8 +90,10 @@ def _own(instructions: list[_Instruction], i: int) -> CollectiveBytes:
 
 
 def _sizes(shape: str) -> Iterator[int]:
-    """Yields the size in bytes of each array in a shape or in a tuple of shapes."""
+    """Yields the size in bytes of each array in a shape or in a tuple of shapes. Scalars, such as contexts, have none."""
     for dtype, dimensions in ARRAY.findall(shape):
+        if not dimensions:
+            continue
         bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype) or 0)
         yield bits * math.prod(int(size) for size in dimensions.split(",") if size) // 8
 

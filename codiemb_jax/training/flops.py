@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import jax
 from jax.extend import core
 
 
@@ -47,8 +46,3 @@ def _jaxprs(value: Any) -> list[core.Jaxpr]:
     if isinstance(value, list | tuple):
         return [jaxpr for item in value for jaxpr in _jaxprs(item)]
     return []
-
-
-def flops_of(function: Any, *args: Any) -> int:
-    """Returns the operations of a call of `function`, over all devices."""
-    return count_flops(jax.make_jaxpr(function)(*args))

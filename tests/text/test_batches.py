@@ -26,6 +26,8 @@ def test_every_text_is_in_one_batch_and_fits_its_row(data):
     batches = plan_batches(lengths, max_tokens, max_rows=max_rows, shards=shards, multiple=multiple)
     assert sorted(np.concatenate(batches.texts)) == list(range(lengths.size))
     assert batches.rows % shards == 0
+    assert batches.rows < max_rows + shards
+    assert len(batches.texts) == 1 or batches.row_length % multiple == 0
     for texts, text_rows in zip(batches.texts, batches.text_rows, strict=True):
         assert texts.size > 0
         assert text_rows.max() < batches.rows

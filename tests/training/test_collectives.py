@@ -38,12 +38,14 @@ HloModule step, is_scheduled=true
   ROOT %negate = bf16[4,8]{1,0} negate(%block.1)
 }
 
-ENTRY %main (weight: bf16[4,8], gradient: f32[16]) -> bf16[4,8] {
+ENTRY %main (weight: bf16[4,8], gradient: f32[16], second: f32[2,8]) -> bf16[4,8] {
   %weight = bf16[4,8]{1,0} parameter(0)
   %gradient = f32[16]{0} parameter(1)
+  %second = f32[2,8]{1,0} parameter(2)
   %start = (bf16[4,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%weight), dimensions={0}
   %done = bf16[8,8]{1,0} all-gather-done(%start)
-  %total = f32[16]{0} all-reduce(%gradient), to_apply=%sum
+  %total = (f32[16]{0}, f32[2,8]{1,0}) all-reduce(%gradient, %second), to_apply=%sum
+  %part = f32[4]{0} reduce-scatter(%gradient), dimensions={0}, to_apply=%sum
   %zero = s32[] constant(0)
   %initial = (s32[], bf16[4,8]{1,0}) tuple(%zero, %weight)
   %loop = (s32[], bf16[4,8]{1,0}) while(%initial), condition=%condition, body=%body
@@ -53,10 +55,11 @@ ENTRY %main (weight: bf16[4,8], gradient: f32[16]) -> bf16[4,8] {
 
 
 def test_bytes_of_a_known_program():
-    gathered, reduced, permuted = 8 * 8 * 2, 16 * 4, 4 * 8 * 2
+    gathered, reduced, permuted = 8 * 8 * 2, 2 * 16 * 4, 4 * 8 * 2
+    scattered = 16 * 4
     total, exposed = count_collective_bytes(PROGRAM)
-    assert total == gathered + reduced + 5 * permuted  # the counter rises by 2 to 10
-    assert exposed == gathered + reduced  # nothing runs between the start and the end of the all-gather
+    assert total == gathered + reduced + scattered + 5 * permuted  # the counter rises by 2 to 10
+    assert exposed == gathered + reduced + scattered  # nothing runs between the start and the end of the all-gather
 
 
 def test_bytes_of_a_compiled_loop():

@@ -1,14 +1,21 @@
 """Tests the count of operations against counts by hand."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from codiemb_jax.models.layers import apply_remat
-from codiemb_jax.training.flops import flops_of
+from codiemb_jax.training.flops import count_flops
 
 X, W = jnp.ones((7, 16)), jnp.ones((5, 16, 16))
 PRODUCT = 2 * 7 * 16 * 16
+
+
+def flops_of(function: Callable, *args: Any) -> int:
+    return count_flops(jax.make_jaxpr(function)(*args))
 
 
 def layers(w: jax.Array, x: jax.Array, remat: str) -> jax.Array:
