@@ -212,14 +212,14 @@ def run_sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
 def run_limit(options: argparse.Namespace) -> dict[str, Any]:
     """Measures matrix products with as many tokens as a packed batch has, and counts what the texts need."""
     config = json.loads((options.model / "config.json").read_text())
+    causal = config["model_type"] not in ENCODER_TYPES
     steps = [np.array([len(text) for part in texts for text in part]) for _, texts in batches(options)]
     tokens = int(np.median([lengths.sum() for lengths in steps]))
     return {
         "rate": matrix_product_rate(options.model, tokens, options.dtype),
         "flops_per_token": float(
             np.median([
-                needed_flops(config, lengths, causal=config["model_type"] not in ENCODER_TYPES, training=True) / lengths.sum()
-                for lengths in steps
+                needed_flops(config, lengths, causal=causal, training=True) / lengths.sum() for lengths in steps
             ])
         ),
         "peak": peak_flops(),

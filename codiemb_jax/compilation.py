@@ -19,7 +19,7 @@ ROOT = 0
 
 
 def use_compilation_cache() -> None:
-    """Makes JAX keep what it compiles in the cache folder, unless a cache folder is configured or the cache is disabled.
+    """Makes JAX keep what it compiles, unless a folder for that is configured or its cache is disabled.
 
     JAX runs what it finds there, so only a folder that no other user can write is used; otherwise prints why it is not.
 

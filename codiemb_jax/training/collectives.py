@@ -90,7 +90,7 @@ def _own(instructions: list[_Instruction], i: int, sizes: dict[str, int]) -> Col
 
 
 def _sizes(shape: str) -> Iterator[int]:
-    """Yields the size in bytes of each array in a shape or in a tuple of shapes. Scalars, such as contexts, have none."""
+    """Yields the size in bytes of each array in a shape or in a tuple of shapes. Scalars are contexts, or too small."""
     for dtype, dimensions in ARRAY.findall(shape):
         if not dimensions:
             continue

@@ -1,5 +1,6 @@
 """Tests that the loop keeps devices busy: transfers are explicit and early, and it waits only for the previous step."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,17 +88,16 @@ def test_metrics_are_fetched_while_the_next_step_runs(golden, tmp_path, monkeypa
 
 
 def test_next_item_is_fetched_while_one_is_in_use():
-    fetched = []
+    fetched = [threading.Event() for _ in range(4)]
 
     def items() -> Iterator[int]:
         for item in range(4):
-            fetched.append(item)
+            fetched[item].set()
             yield item
 
     used = []
     for item in loop.one_ahead(items()):
-        while item < 3 and item + 1 not in fetched:  # would hang if it were fetched only when asked for
-            pass
+        assert fetched[min(item + 1, 3)].wait(timeout=30)
         used.append(item)
     assert used == [0, 1, 2, 3]
 
