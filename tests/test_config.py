@@ -65,6 +65,7 @@ objective:
   pro_weight: 0.5
   mid_info_nce_weight: 1.0
   mid_info_nce_threshold: 1.0
+  mask_duplicates: true
 optimizer:
   learning_rate: 4.0e-5
   schedule: linear

@@ -79,7 +79,7 @@ def read_errors(folder: Path) -> Iterator[None]:
     """Raises `UserError` if a prepared dataset cannot be read."""
     try:
         yield
-    except (MemoryError, UserError):
+    except MemoryError:
         raise
     except PermissionError as error:
         raise UserError(f"{folder}: the prepared dataset cannot be read: {error.strerror}") from error

@@ -1,6 +1,8 @@
 """Prepared datasets: tokens in ArrayRecord files, and an index for planning without reading them."""
 
 import os
+import resource
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,9 +103,18 @@ def cache_folder() -> Path:
         raise UserError(f"CODIEMB_JAX_CACHE: {error}; set it to the folder of the cache") from error
 
 
+def _raise_file_limit() -> None:
+    """Allows as many open files as the system does: readers keep the file of each part open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # macOS allows fewer than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def open_parts(folder: Path) -> Any:
     """Opens all parts of a prepared dataset as one random-access sequence of examples, in file order."""
     import tensorflow_datasets as tfds  # slow to import, and not needed for planning
 
+    _raise_file_limit()
     parts = sorted(folder.glob(f"*/{BUILDER}/{BUILDER_VERSION}"))
     return tfds.builder_from_directories(parts).as_data_source(split="train")

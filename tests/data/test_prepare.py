@@ -266,7 +266,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     ("failure", "error", "message"),
     [
-        ("killed", UserError, "a.jsonl: a process that tokenizes it was killed, perhaps because memory ran out"),
+        ("killed", UserError, "a.jsonl: a process that tokenizes it ended, perhaps because memory ran out"),
         ("full disk", UserError, "a.jsonl: cannot be prepared in the cache .*: .* No space left on device"),
         ("bug", ZeroDivisionError, "bug"),
     ],
