@@ -33,7 +33,8 @@ def use_compilation_cache() -> None:
     try:
         for path in (folder.parent, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        problem = _problem(folder.resolve())
+        folder = folder.resolve()  # a link could be changed after the check
+        problem = _problem(folder)
     except OSError as error:
         problem = f"{folder} cannot be used ({error.strerror})"
     if problem:
@@ -58,7 +59,7 @@ def _processor() -> str:
 def _problem(folder: Path) -> str | None:
     """Returns who else could put files into a folder, and the fix; None if nobody."""
     if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"other users can write to {folder}; run chmod go-w {folder}"
+        return f"other users can write to {folder}; delete it, because its content cannot be trusted"
     user = os.getuid()
     for part in (folder, *folder.parents):
         status = part.stat()

@@ -173,6 +173,11 @@ class DataSettings(Section):
             raise ValueError(
                 f"row_tokens {self.row_tokens} must be at least query_max_tokens and passage_max_tokens, {longest}"
             )
+        if self.row_tokens is not None and self.row_tokens > 16 * longest:
+            raise ValueError(
+                f"row_tokens {self.row_tokens} may be at most 16 times the larger of query_max_tokens and "
+                f"passage_max_tokens, {16 * longest}"
+            )
         if self.ir_share is not None and not (self.ir and self.sts):
             raise ValueError("ir_share requires data for both tasks: give paths in data.ir and data.sts")
         if self.ir_share is not None and self.sampler == "mixed":

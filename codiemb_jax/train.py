@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         from codiemb_jax.compilation import use_compilation_cache
         from codiemb_jax.embedder import Embedder
         from codiemb_jax.evaluation.held_out import evaluate, read_held_out
-        from codiemb_jax.memory import keep_freed_memory
         from codiemb_jax.training.loop import train
         from codiemb_jax.training.run import open_run, open_training_model
 
@@ -36,7 +35,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     embedder = Embedder(setup.model.graph, None, setup.model.blueprint, setup.mesh)
     run = open_run(setup)
     use_compilation_cache()
-    keep_freed_memory()
     before, after = train(run, lambda params: evaluate(embedder.with_params(params), held_out))
     print_report(before, after, run.folder.export if settings.export else None)
 

@@ -105,7 +105,7 @@ class Index:
     passage_tokens: np.ndarray
     """int32 [passages]: number of tokens; the positives of an example come before its negatives"""
     passage_hashes: np.ndarray
-    """uint64 [passages]: `Triple.hash` of each passage, in the same order"""
+    """uint64 [passages]: `Triple.hash` of each passage without its task instruction, in the same order"""
     folder: Path = Path()
     """The prepared dataset, for error messages."""
 
@@ -168,6 +168,8 @@ class Index:
 
 def _map_array(path: Path, name: str, totals: Totals) -> np.ndarray:
     size = totals.passages if name in ("passage_tokens", "passage_hashes") else totals.examples
+    if not path.is_file():
+        raise ValueError(f"{path.name}: not a file")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     shape = (size + 1,) if name == "passage_offsets" else (size,)
     if array.dtype != DTYPES[name] or array.shape != shape:

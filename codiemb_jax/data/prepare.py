@@ -25,7 +25,7 @@ from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import Lines, check_records, split_lines
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of the fingerprint. Increment it when the stored format changes."""
 
 PROCESS_BYTES = 2**23
@@ -64,13 +64,22 @@ def prepare(
       UserError: If lines are invalid (listed by file, line and field), or if the cache cannot be written.
     """
     limits = [query_max_tokens, passage_max_tokens]
-    digest = file_digest(path, cache)
+    try:
+        digest = file_digest(path, cache)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     dependencies = json.dumps([FORMAT_VERSION, task, limits, tokenizer.fingerprint, digest])
     fingerprint = hashlib.sha256(dependencies.encode()).hexdigest()
     # File systems limit names to 255 bytes, and the name of the temporary folder is longer than this one.
     stem = path.stem.encode()[:100].decode(errors="ignore")
     folder = cache / f"{stem}-{fingerprint[:16]}"
-    if not is_complete(folder):
+    try:
+        complete = is_complete(folder)
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache} cannot be read ({error.strerror}); set CODIEMB_JAX_CACHE to another folder"
+        ) from error
+    if not complete:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             # The host and the process id in the name distinguish leftovers of killed processes from folders in use.
@@ -89,7 +98,9 @@ def prepare(
                 if file_digest(path, cache) != digest:
                     raise UserError(f"{path}: changed while it was read; run again")
                 _move_into_place(unfinished, folder)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "write() failed" not in str(error):  # ArrayRecord's
+                    raise
                 raise UserError(f"{path}: cannot be prepared in the cache {cache}: {error}") from error
     return PreparedDataset(path, task, folder)
 
@@ -109,8 +120,9 @@ def _move_into_place(unfinished: Path, folder: Path) -> None:
 def _remove_leftovers(cache: Path, prefix: str) -> None:
     """Removes temporary folders that killed processes of this host left for the same dataset."""
     for leftover in cache.iterdir():
-        if leftover.name.startswith(prefix):
-            process = int(leftover.name.removeprefix(prefix).split(".")[0])
+        process_id = leftover.name.removeprefix(prefix).split(".")[0]
+        if leftover.name.startswith(prefix) and process_id.isdecimal() and len(process_id) < 10:
+            process = int(process_id)
             # A restarted container reuses process ids, so a folder with the current id is also a leftover.
             if process == os.getpid() or not _is_running(process):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -12,7 +12,7 @@ import numpy as np
 from codiemb_jax.batch import Task
 from codiemb_jax.data.index import Index, Totals, read_errors
 from codiemb_jax.errors import UserError
-from codiemb_jax.files import local_path
+from codiemb_jax.files import local_path, read_json
 from codiemb_jax.text.rows import Texts
 
 BUILDER, BUILDER_VERSION = "tokenized_texts", "2.0.0"
@@ -88,7 +88,11 @@ class PreparedDataset:
         """Returns the scores of `examples`, given as indices in file order, as float32 [examples]; NaN for IR."""
         if self.task == "ir":
             return np.full(len(examples), np.nan, np.float32)
-        return self.index.score[examples].astype(np.float32)
+        scores = self.index.score[examples]
+        with read_errors(self.folder):
+            if not ((scores >= self.totals.min_score) & (scores <= self.totals.max_score)).all():
+                raise ValueError("scores are out of range")
+        return scores.astype(np.float32)
 
 
 def cache_folder() -> Path:
@@ -111,10 +115,30 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def stored_features() -> Any:
+    """Returns the features of an example as TensorFlow Datasets stores them."""
+    import tensorflow_datasets as tfds  # slow to import, and not needed for planning
+
+    # Encoding as bytes is twice as fast as encoding single elements.
+    flat = {"shape": (None,), "dtype": np.int32, "encoding": tfds.features.Encoding.BYTES}
+    return tfds.features.FeaturesDict({
+        "tokens": tfds.features.Tensor(**flat),  # query, positives and negatives, concatenated
+        "lengths": tfds.features.Tensor(**flat),  # tokens of each text
+        "content_starts": tfds.features.Tensor(**flat),  # of each text
+    })  # fmt: skip
+
+
 def open_parts(folder: Path) -> Any:
     """Opens all parts of a prepared dataset as one random-access sequence of examples, in file order."""
-    import tensorflow_datasets as tfds  # slow to import, and not needed for planning
+    import tensorflow_datasets as tfds
 
     _raise_file_limit()
     parts = sorted(folder.glob(f"*/{BUILDER}/{BUILDER_VERSION}"))
+    expected = stored_features().to_json()
+    for part in parts:
+        # TensorFlow Datasets would import whatever classes this file names.
+        if read_json(part / "features.json", dict) != expected:
+            raise ValueError("features.json has unknown features")
+        if not all(path.is_file() for path in part.iterdir()):
+            raise ValueError(f"{part.parent.parent.name}: contains something that is not a file")
     return tfds.builder_from_directories(parts).as_data_source(split="train")

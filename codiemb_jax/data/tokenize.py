@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from codiemb_jax.batch import Task
-from codiemb_jax.data.store import BUILDER, BUILDER_VERSION
+from codiemb_jax.data.store import BUILDER, BUILDER_VERSION, stored_features
 from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Lines, Record, Triple, read_lines
 
@@ -150,7 +150,8 @@ class LineTokenizer:
         self._score.append(0.0 if record.score is None else record.score)
         self._positives.append(len(record.positives))
         self._lengths.append(lengths)
-        self._hashes += [triple.hash() for triple in (*record.positives, *record.negatives)]
+        # Passages are tokenized without their task instruction, so it does not distinguish them either.
+        self._hashes += [passage._replace(task="").hash() for passage in (*record.positives, *record.negatives)]
         return {
             "tokens": np.concatenate([text.ids for text in texts]),
             "lengths": lengths,
@@ -204,16 +205,7 @@ class TokenizedTexts(tfds.core.GeneratorBasedBuilder):
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        # Encoding as bytes is twice as fast as encoding single elements.
-        flat = {"shape": (None,), "dtype": np.int32, "encoding": tfds.features.Encoding.BYTES}
-        features = {
-            "tokens": tfds.features.Tensor(**flat),  # query, positives and negatives, concatenated
-            "lengths": tfds.features.Tensor(**flat),  # tokens of each text
-            "content_starts": tfds.features.Tensor(**flat),  # of each text
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        return tfds.core.DatasetInfo(builder=self, features=stored_features(), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {"train": self._examples}

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codiemb_jax.config import DataSettings
+from codiemb_jax.config import DataSettings, PromptSettings
 from codiemb_jax.data.index import DTYPES, INDEX, MANIFEST, Index, IndexWriter, Totals, is_complete
 from codiemb_jax.data.layout import PaddedLayout
+from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Plan, Source
 from codiemb_jax.errors import UserError
+from codiemb_jax.text.prompts import PromptTokenizer
 
 LIMITS = (40, 30)
 
@@ -166,3 +168,20 @@ def test_hostile_values_are_noticed_when_they_are_used(name, tmp_path):
     plan = Plan([Source("a", "ir", open_index(folder))], settings, 0, PaddedLayout(), {"ir": None, "sts": None})
     with pytest.raises(UserError, match=f"{folder}: the prepared dataset is damaged .*; delete the folder"):
         plan.step(0)
+
+
+def test_classes_named_in_features_are_not_imported(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"task_type": "ir", "query": ["", "", "q"], "positives": [["", "", "p"]]}\n')
+    prepared = prepare(
+        path, "ir", PromptTokenizer(tokenizer, PromptSettings()), cache=tmp_path / "cache",
+        query_max_tokens=40, passage_max_tokens=24,
+    )  # fmt: skip
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    [features] = prepared.folder.rglob("features.json")
+    features.write_text(features.read_text().replace("tensorflow_datasets.core.features.tensor_feature", "evil"))
+    assert "evil.Tensor" in features.read_text()
+    with pytest.raises(UserError, match="damaged .*unknown features"):
+        prepared.read(np.array([0]))
+    assert not (tmp_path / "imported").exists()
