@@ -131,10 +131,11 @@ def stored_features() -> Any:
 def open_parts(folder: Path) -> Any:
     """Opens all parts of a prepared dataset as one random-access sequence of examples, in file order."""
     import tensorflow_datasets as tfds
+    from google.protobuf.json_format import MessageToDict
 
     _raise_file_limit()
     parts = sorted(folder.glob(f"*/{BUILDER}/{BUILDER_VERSION}"))
-    expected = stored_features().to_json()
+    expected = MessageToDict(stored_features().to_proto())
     for part in parts:
         # TensorFlow Datasets would import whatever classes this file names.
         if read_json(part / "features.json", dict) != expected:

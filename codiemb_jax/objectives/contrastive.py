@@ -123,7 +123,7 @@ def info_nce_ir(examples: Examples, settings: ObjectiveSettings, groups: Groups)
     losses, masked = compute(examples, settings.temperature, groups)
     loss = groups.mean(jnp.mean(losses))
     return loss, {"info_nce": loss} | (
-        {} if masked is None else {"masked": groups.sum(jnp.sum(masked, dtype=jnp.float32))}
+        {} if masked is None else {"masked": groups.sum(jnp.sum(masked))}
     )
 
 
