@@ -122,9 +122,7 @@ def info_nce_ir(examples: Examples, settings: ObjectiveSettings, groups: Groups)
     compute = dense_info_nce if score_bytes <= DENSE_BYTES else ring_info_nce
     losses, masked = compute(examples, settings.temperature, groups)
     loss = groups.mean(jnp.mean(losses))
-    return loss, {"info_nce": loss} | (
-        {} if masked is None else {"masked": groups.sum(jnp.sum(masked))}
-    )
+    return loss, {"info_nce": loss} | ({} if masked is None else {"masked": groups.sum(jnp.sum(masked))})
 
 
 def info_nce_sts(examples: Examples, settings: ObjectiveSettings, groups: Groups) -> tuple[jax.Array, Parts]:
