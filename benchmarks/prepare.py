@@ -6,12 +6,14 @@ Compares `prepare` with one and with several processes to a plain loop that only
 tokenizer once per text. An example is a query, a passage that answers it and four hard negatives, with lengths like
 those of news stories: about 30 tokens per query, and passages of 150 on average. Each measurement runs in a process of
 its own, and they take turns; the median of the rounds is reported. Start-up of Python and imports is not counted, that
-of worker processes is.
+of worker processes is. Examples per second of processor time are reported as well, because other programs on the
+machine affect them less.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -66,19 +68,35 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             records = [json.loads(line) for line, _ in zip(file, range(options.loop_examples), strict=False)]
         texts = [r[2] for record in records for r in [record["query"], *record["positives"], *record["negatives"]]]
         tokenizer(texts[0])
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), processor_seconds()
         tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
-        return {"seconds": time.perf_counter() - start, "examples": len(records), "tokens": tokens}
+        return {
+            "seconds": time.perf_counter() - start,
+            "processor_seconds": processor_seconds() - processor,
+            "examples": len(records),
+            "tokens": tokens,
+        }
     prompts = PromptTokenizer(tokenizer, PromptSettings())
     module.available_processors = lambda: options.workers
     with tempfile.TemporaryDirectory(dir=options.work) as cache:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), processor_seconds()
         prepared = module.prepare(
             data, "ir", prompts, query_max_tokens=options.max_tokens, passage_max_tokens=options.max_tokens,
             cache=Path(cache),
         )  # fmt: skip
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "examples": len(prepared), "tokens": prepared.totals.tokens}
+        seconds, processor = time.perf_counter() - start, processor_seconds() - processor
+    return {
+        "seconds": seconds,
+        "processor_seconds": processor,
+        "examples": len(prepared),
+        "tokens": prepared.totals.tokens,
+    }
+
+
+def processor_seconds() -> float:
+    """Returns the time that this process and those it started have used processors."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in usage)
 
 
 def main() -> None:
@@ -112,15 +130,24 @@ def main() -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--workers", str(workers), "--json", output]
             subprocess.run(command, check=True, env=os.environ | {"TOKENIZERS_PARALLELISM": threads})
             rounds[name].append(json.loads(output.read_text()))
-    table = Table("", "examples/s", "rounds", "tokens/s", "ratio")
+    table = Table("", "examples/s", "rounds", "tokens/s", "ratio", "per processor s")
     results = {}
     for name, measured in rounds.items():
         rates = [result["examples"] / result["seconds"] for result in measured]
         rate = float(np.median(rates))
-        results[name] = {"examples_per_second": rate, "lowest_round": min(rates), "highest_round": max(rates)}
+        per_processor = float(np.median([result["examples"] / result["processor_seconds"] for result in measured]))
+        results[name] = {
+            "examples_per_second": rate,
+            "lowest_round": min(rates),
+            "highest_round": max(rates),
+            "examples_per_processor_second": per_processor,
+        }
         tokens = rate * measured[0]["tokens"] / measured[0]["examples"]
         ratio = rate / results["one text at a time"]["examples_per_second"]
-        table.add_row(name, f"{rate:,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}", f"{tokens:,.0f}", f"{ratio:.2f}")
+        table.add_row(
+            name, f"{rate:,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}", f"{tokens:,.0f}", f"{ratio:.2f}",
+            f"{per_processor:,.0f}",
+        )  # fmt: skip
     Console().print(table)
     if options.json:
         options.json.write_text(json.dumps({"results": results, "rounds": rounds}, indent=2) + "\n")
