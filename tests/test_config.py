@@ -394,9 +394,15 @@ def test_count_larger_than_int32_raises_user_error(name, load, error_lines):
     assert error_lines(text)[1:] == [f"  FILE:{line}: {problem}"]
     assert error_lines(MINIMAL, f"--{name}", "2147483648")[1:] == [f"  --{problem}"]
     section, _, key = name.rpartition(".")
-    if name != "objective.ir_pool_size":  # it must also divide the batch size
+    if name not in ("objective.ir_pool_size", "data.row_tokens"):  # these also depend on other settings
         settings = load(MINIMAL, f"--{name}", "2147483647")
         assert getattr(getattr(settings, section) if section else settings, key) == 2147483647
+
+
+def test_rows_are_at_most_16_times_as_long_as_the_longest_text(load, error_lines):
+    flags = ("--data.query_max_tokens", "10", "--data.passage_max_tokens", "20", "--data.row_tokens")
+    assert load(MINIMAL, *flags, "320").data.row_tokens == 320
+    assert "row_tokens 321 may be at most 16 times" in error_lines(MINIMAL, *flags, "321")[1]
 
 
 @pytest.mark.parametrize("name", ["data.positives_per_query", "data.negatives_per_query"])
