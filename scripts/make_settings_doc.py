@@ -38,8 +38,8 @@ Some settings depend on each other:
 - `data.ir` or `data.sts` must name at least one path.
 - Each `data.*_global_batch_size` in use must be a multiple of `mesh.data` x `mesh.fsdp`, and with `data.packing: false`
   of that x `encode_chunks`.
-- `data.row_tokens` requires `data.packing: true`, and must be at least `data.query_max_tokens` and
-  `data.passage_max_tokens`.
+- `data.row_tokens` requires `data.packing: true`, and must be at least the larger of `data.query_max_tokens` and
+  `data.passage_max_tokens`, and at most 16 times that.
 - `objective.ir_pool_size` must divide `data.ir_global_batch_size`, and `objective.sts_list_size` must divide
   `data.sts_global_batch_size`.
 - `data.sampler` `single` or `mixed` with data for both tasks requires `data.ir_global_batch_size` and
