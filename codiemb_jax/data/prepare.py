@@ -32,7 +32,7 @@ PROCESS_BYTES = 2**23
 """Smaller files are tokenized in this process; larger ones by one process per this many bytes, if there are so many
 processors."""
 
-MIN_PART_BYTES, MAX_PART_BYTES = 2**22, 2**25
+MIN_PART_BYTES, MAX_PART_BYTES = 2**21, 2**25
 """Bounds of the number of bytes that a process tokenizes at a time, and that become one part of the dataset."""
 
 
