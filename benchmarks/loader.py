@@ -1,6 +1,6 @@
 """Benchmarks the data loader without a model: planned batches from ArrayRecord files to arrays on the device.
 
-    python benchmarks/loader.py --work /tmp/loader
+    python benchmarks/loader.py --work models/loader
 
 Reports real tokens per second, with one and several threads, and with processes, for two datasets of random tokens:
 retrieval (queries of about 30 tokens and six passages of about 150) and similarity (pairs of texts of about 30).

@@ -1,6 +1,6 @@
 """Benchmarks the preparation of a data file: parsing, tokenizing and writing.
 
-    python benchmarks/prepare.py --work /tmp/prepare
+    python benchmarks/prepare.py --work models/prepare
 
 Compares `prepare` with one and with several processes to a plain loop that only tokenizes, calling the Hugging Face
 tokenizer once per text. An example is a query, a passage that answers it and four hard negatives, with lengths like

@@ -1,6 +1,6 @@
 """Measures that start-up and steps take the same time and memory for any number of examples.
 
-    python benchmarks/scale.py --work /tmp/scale
+    python benchmarks/scale.py --work models/scale
 
 Writes synthetic indexes without tokens. For each, one process opens it, plans steps of a large batch and packs them.
 Reports the time and the memory to open the index and make the plan; the time per step (the median, and how much of it

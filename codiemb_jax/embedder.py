@@ -18,6 +18,7 @@ from codiemb_jax.checkpoints.model import open_folder, open_with_stored_settings
 from codiemb_jax.config import MeshSettings
 from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.files import is_unicode
+from codiemb_jax.models.attention import ROW_MULTIPLES
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh, replicated, row_sharding, row_shards
@@ -26,8 +27,6 @@ from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.rows import Texts, lay_out
 from codiemb_jax.text.sentence import SentencePrompts, SentenceTokenizer
 
-ROW_MULTIPLES = {"cpu": 8, "gpu": 64, "tpu": 128}
-"""Row lengths of long lists are multiples of this, to suit the kernels of the platform."""
 PLAIN_TRANSFORMER_SETTINGS = {"pooling": "mean", "normalize": False}
 """Defaults of sentence-transformers for a folder that contains only a transformer."""
 
@@ -253,7 +252,7 @@ class Embedder:
             self.max_seq_length,
             max_rows=batch_size,
             shards=row_shards(self._mesh),
-            multiple=ROW_MULTIPLES[self._mesh.devices.flat[0].platform],
+            multiple=ROW_MULTIPLES["splash"] if self._mesh.devices.flat[0].platform == "tpu" else 8,
         )
         console = Console(stderr=True)
         show = console.is_terminal and len(batches.texts) > 1 if show_progress_bar is None else show_progress_bar

@@ -53,7 +53,7 @@ def test_training_finds_prepared_data(settings, golden, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--beam", "None"], "--beam"),
+        (["--beam", "None"], "--beam (needs Apache Beam, which is not installed; pip install|None: no such runner)"),
         (["--data.ir", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--data.passage_max_tokens", "100000"], "may be at most"),
         (["--unknown", "1"], "--unknown"),

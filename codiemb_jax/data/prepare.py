@@ -98,9 +98,7 @@ def prepare(
                 if file_digest(path, cache) != digest:
                     raise UserError(f"{path}: changed while it was read; run again")
                 _move_into_place(unfinished, folder)
-            except (OSError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "write() failed" not in str(error):  # ArrayRecord's
-                    raise
+            except OSError as error:
                 raise UserError(f"{path}: cannot be prepared in the cache {cache}: {error}") from error
     return PreparedDataset(path, task, folder)
 

@@ -221,10 +221,17 @@ def write_part(examples: Any, folder: Path, **options: Any) -> None:
       examples: Pairs of keys and examples, as an iterable or as a transform of Beam.
       folder: The folder of the part.
       **options: More fields of `DownloadConfig`.
+
+    Raises:
+      OSError: If the part cannot be written, for example because the disk is full.
     """
+    config = tfds.download.DownloadConfig(try_download_gcs=False, **options)
     tfds.disable_progress_bar()
     # Hides a message about a download that does not happen.
     with contextlib.redirect_stdout(io.StringIO()):
-        TokenizedTexts(examples, folder).download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False, **options)
-        )
+        try:
+            TokenizedTexts(examples, folder).download_and_prepare(download_config=config)
+        except RuntimeError as error:
+            if "write() failed" not in str(error):
+                raise
+            raise OSError(str(error)) from error  # ArrayRecord has no type of its own for this

@@ -464,3 +464,13 @@ def test_prepare_does_not_import_slow_packages(tmp_path):
         "assert not {'tensorflow', 'torch', 'jax', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_error_of_the_record_writer_is_reported(tmp_path, prompt_tokenizer, cache, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError('Failed to finalize writing of split "train": write() failed: No space left on device')
+
+    monkeypatch.setattr(tokenize.TokenizedTexts, "download_and_prepare", fail)
+    with pytest.raises(UserError, match="a.jsonl: cannot be prepared in the cache .*: .*No space left on device"):
+        prepare(write_ir(tmp_path / "a.jsonl"), "ir", prompt_tokenizer, cache=cache, **LIMITS)
+    assert list(cache.iterdir()) == []
