@@ -17,8 +17,8 @@ from codiemb_jax.data.store import BUILDER, BUILDER_VERSION, stored_features
 from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Lines, Record, Triple, read_lines
 
-BATCH_SIZE = 256
-"""Number of records tokenized in one call."""
+BATCH_SIZE = 32
+"""Number of records tokenized in one call: tokenizers are slower with more, because they allocate more memory."""
 
 PART_TOKENS = 2**24
 """Datasets are split into parts of at most about this many tokens.
