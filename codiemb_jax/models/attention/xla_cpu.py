@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from codiemb_jax.models.attention.saved import SAVED
 
 BLOCK_TOKENS = 192
-"""Maximum number of queries per block. Larger blocks make more efficient products, but more of their keys are masked."""
+"""Maximum number of queries per block. In larger blocks, products are more efficient, but more scores are masked."""
 WINDOWS = tuple(i / 8 for i in range(1, 9))
 """Lengths of windows, as fractions of a row."""
 MASKED = jnp.finfo(jnp.float32).min
