@@ -3,11 +3,11 @@
     python benchmarks/prepare.py --work models/prepare
 
 Compares `prepare` with one and with several processes to a plain loop that writes the same examples, but calls the
-Hugging Face tokenizer once per text. For comparison, the same loop without anything but the calls of the tokenizer. An
-example is a query, a passage that answers it and four hard negatives, with lengths like those of news stories: about 30
-tokens per query, and passages of 150 on average. Each measurement runs in a process of its own, and they take turns;
-the median of the rounds is reported. Start-up of Python and imports is not counted, that of worker processes is.
-Examples per second of processor time are reported as well, because other programs on the machine affect them less.
+Hugging Face tokenizer once per text; a second loop only calls the tokenizer. An example is a query, a passage that
+answers it and four hard negatives, with lengths like those of news stories: about 30 tokens per query, and passages of
+150 on average. Each measurement runs in a process of its own, and they take turns; the median of the rounds is
+reported. Start-up of Python and imports is not counted, that of worker processes is. Examples per second of processor
+time are reported as well, because other programs on the machine affect them less.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from inputs import QUICKSTART
 from rich.console import Console
 from rich.table import Table
 
@@ -31,16 +32,10 @@ Measurement: TypeAlias = Callable[[argparse.Namespace, Path, Path], tuple[int, i
 """Tokenizes a data file, may write to a folder, and returns the numbers of examples and tokens."""
 
 
-def quickstart() -> Path:
-    import codiemb_jax
-
-    return Path(codiemb_jax.__file__).parent / "quickstart"
-
-
 def write_data(path: Path, examples: int) -> None:
     """Writes examples whose words come from the texts of the quickstart."""
     random = np.random.default_rng(0)
-    texts = (quickstart() / "data" / "train" / "ir" / "encyclopedia.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = (QUICKSTART / "data" / "train" / "ir" / "encyclopedia.jsonl").read_text(encoding="utf-8").splitlines()
     words = np.array(" ".join(triple[2] for text in texts for triple in json.loads(text)["positives"]).split())
 
     def triple(mean: float, instruction: str = "") -> list[str]:
@@ -90,7 +85,7 @@ def prepare_one_by_one(options: argparse.Namespace, data: Path, folder: Path) ->
         ids, starts = [], []
         for prompt, triple in zip(prompts, [record["query"], *record["positives"], *record["negatives"]], strict=True):
             encoded = tokenizer(
-                prompt + triple[2] + settings.end, add_special_tokens=False, truncation=True,
+                prompt + triple[2].strip("\t\n :") + settings.end, add_special_tokens=False, truncation=True,
                 max_length=options.max_tokens, return_offsets_mapping=True,
             )  # fmt: skip
             ids.append(np.array(encoded["input_ids"], np.int32))
@@ -166,7 +161,7 @@ def main() -> None:
     parser.add_argument("--measure", type=int, metavar="N", help="run only this measurement, in this process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args()
-    options.model = options.model or quickstart() / "model"
+    options.model = options.model or QUICKSTART / "model"
     measurements: dict[str, tuple[Measurement, int, str]] = {
         "one text at a time, only tokenized": (tokenize_only, options.loop_examples, "false"),
         LOOP: (prepare_one_by_one, options.loop_examples, "false"),

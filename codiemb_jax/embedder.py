@@ -252,6 +252,7 @@ class Embedder:
             self.max_seq_length,
             max_rows=batch_size,
             shards=row_shards(self._mesh),
+            # Elsewhere every length would do; rounding it makes batches share compiled programs.
             multiple=ROW_MULTIPLES["splash"] if self._mesh.devices.flat[0].platform == "tpu" else 8,
         )
         console = Console(stderr=True)

@@ -18,7 +18,7 @@ from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Lines, Record, Triple, read_lines
 
 BATCH_SIZE = 32
-"""Number of records tokenized in one call: tokenizers are slower with more, because they allocate more memory."""
+"""Number of records tokenized in one call. Larger batches take longer per text."""
 
 PART_TOKENS = 2**24
 """Datasets are split into parts of at most about this many tokens.
