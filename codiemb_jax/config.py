@@ -265,6 +265,25 @@ class CheckpointSettings(Section):
     """Number of newest checkpoints to keep. Older ones are deleted once a new one is complete."""
 
 
+class DistributedSettings(Section):
+    coordinator: Annotated[str, Field(strict=True, pattern=r"^[^\s:/]+(:[^\s:/]+)*:[0-9]{1,5}$")] | None = None
+    """HOST:PORT of the first process, where the others connect; null finds the processes on TPUs, Slurm, Open MPI and
+    Kubernetes, and runs alone elsewhere."""
+    num_processes: PositiveInt | None = None
+    """Number of processes. Required with coordinator; 1 without it runs alone anywhere."""
+    process_id: Annotated[int, Field(strict=True, ge=0, le=MAX_INT)] | None = None
+    """Number of this process, from 0. Required with coordinator, and different in each process."""
+
+    @model_validator(mode="after")
+    def _check_complete(self) -> "DistributedSettings":
+        given = (self.coordinator, self.num_processes, self.process_id)
+        if None in given and given not in ((None, None, None), (None, 1, None)):
+            raise ValueError("give coordinator, num_processes and process_id together, or num_processes: 1 alone")
+        if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
+            raise ValueError(f"process_id {self.process_id} must be less than num_processes {self.num_processes}")
+        return self
+
+
 class EvaluationSettings(Section):
     ir: Paths = []
     """Held-out retrieval data, in the format of data.ir, scored by nDCG@10 over all passages of a file."""
@@ -302,7 +321,13 @@ class Settings(Section):
     """Maximum number of chunks in which a batch is encoded; small batches have fewer. Gradients are the same, with the
     memory of a single chunk."""
     mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do in a step whose loss or gradient is NaN or infinite. Its update is never applied. stop: end the run;
+    skip: continue with the next step."""
+    non_finite_skips: PositiveInt = 10
+    """Maximum number of steps to skip in a run; one more ends it."""
     export: Flag = True
     """Export a Hugging Face folder to output_dir/export at the end."""
 

@@ -21,7 +21,7 @@ from codiemb_jax.files import is_unicode
 from codiemb_jax.models.attention import ROW_MULTIPLES
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
-from codiemb_jax.sharding import make_mesh, replicated, row_sharding, row_shards
+from codiemb_jax.sharding import make_mesh, replicated, row_shards, split_rows
 from codiemb_jax.text.batches import plan_batches
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.rows import Texts, lay_out
@@ -264,7 +264,7 @@ class Embedder:
         ):
             rows, slots = lay_out(Texts.join([texts[i] for i in indices]), text_rows, batches.rows, batches.row_length)
             with jax.set_mesh(self._mesh):
-                rows = jax.tree.map(partial(jax.device_put, device=row_sharding(self._mesh)), rows)
+                rows = jax.tree.map(partial(split_rows, mesh=self._mesh), rows)
                 embeddings = self._embed(self._params, rows, batches.slots)
             pending.append((indices, text_rows * batches.slots + slots, embeddings))
             if len(pending) > 1:  # fetch a batch while the devices compute the next one

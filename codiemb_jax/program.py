@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,32 +34,68 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{shorten(text)}: {error}") from error
 
 
+class Terminated(KeyboardInterrupt):
+    """The process has received SIGTERM: a scheduler stops it, to start it again later."""
+
+
+INTERRUPTS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+"""The exception for each signal that stops a program."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Returns the exit code of a program that ends with an error."""
+    if isinstance(error, UserError):
+        return 2
+    if isinstance(error, Terminated):
+        return 0
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
 @contextmanager
 def loading_modules() -> Iterator[None]:
-    """Exits at once on an interrupt while modules are imported: KeyboardInterrupt in their C code may crash."""
+    """Exits at once on a signal while modules are imported: an exception in their C code may crash."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
 
-    def stop(*_: object) -> None:
+    def stop(number: int, _: object) -> None:
         print("\nstopped", file=sys.stderr, flush=True)
-        os._exit(130)
+        os._exit(exit_code(INTERRUPTS[number]()))
 
-    previous = signal.signal(signal.SIGINT, stop)
+    previous = {number: signal.signal(number, stop) for number in INTERRUPTS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def run_program(main: Callable[[], None]) -> None:
-    """Runs the `main` of a program. On a `UserError`, prints its message to stderr and exits with code 2."""
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def run_program(main: Callable[[], None]) -> NoReturn:
+    """Runs the `main` of a program and exits.
+
+    The exit code is 0 after success and after SIGTERM, 2 after a `UserError`, whose message is printed to stderr, 130
+    after an interrupt, and 1 after any other error.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    code: Any = 0
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue", file=sys.stderr, flush=True)
+    except SystemExit as error:  # from argparse
+        code = error.code or 0
+    except BaseException as error:
+        code = exit_code(error)
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print("\nstopped; run the same command again to continue", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    with suppress(OSError):  # nobody reads the output any more
         sys.stdout.flush()
-        os._exit(130)  # all files are closed, and native threads may crash during interpreter shutdown
+        sys.stderr.flush()
+    # All files are closed. Native threads may crash while the interpreter shuts down, or wait for other processes.
+    os._exit(code)

@@ -81,6 +81,11 @@ def replicate(value: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
     return place(value.shape, replicated(mesh), lambda _: np.asarray(value))
 
 
+def split_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Places an array that all processes have, with its leading axis split over `ROW_AXES`."""
+    return place(value.shape, row_sharding(mesh), lambda index: value[index])
+
+
 def weight_shardings(mesh: Mesh, variables: Any) -> dict[str, Any]:
     """Returns the sharding of each parameter of an NNX state by `WEIGHT_RULES`, as a nested dict.
 

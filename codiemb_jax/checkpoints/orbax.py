@@ -28,6 +28,7 @@ from codiemb_jax.checkpoints.blueprint import Blueprint
 from codiemb_jax.checkpoints.checksums import array_checksum, start_tree_checksums
 from codiemb_jax.checkpoints.folder import ModelFolder, prefix_errors
 from codiemb_jax.checkpoints.safetensors import LazyArray, weight_names
+from codiemb_jax.distributed import is_first_process
 from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.files import new_folder
 from codiemb_jax.models.build import Params
@@ -141,7 +142,7 @@ class RunCheckpoints:
         _silence_late_errors()  # a save in the background may fail at any time
         # Only these and the ones saved later are ever deleted, whatever else appears in the folder.
         self._steps = saved_steps(self._folder)
-        for leftover in self._folder.glob(".*.deleted"):
+        for leftover in self._folder.glob(".*.deleted") if is_first_process() else ():
             if DELETED.fullmatch(leftover.name) and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
         # Orbax does not delete atomically: if the run is killed meanwhile, half a checkpoint stays behind.
@@ -193,6 +194,8 @@ class RunCheckpoints:
         """
         while len(self._steps) > self._keep:
             step = self._steps.pop(0)
+            if not is_first_process():
+                continue
             deleted = self._folder / f".{step}.{secrets.token_hex(4)}.deleted"
             with suppress(OSError):  # a checkpoint that cannot be deleted must not stop the run
                 (self._folder / str(step)).rename(deleted)

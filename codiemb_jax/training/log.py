@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -70,27 +69,17 @@ class MetricsLog:
         self._board.close()
         self._progress.stop()
 
-    def write(self, plan: StepPlan, metrics: Mapping[str, jax.Array]) -> None:
-        """Writes the metrics of one step. Blocks until the step has run.
+    def write(self, plan: StepPlan, metrics: Mapping[str, float], skipped: bool = False) -> None:
+        """Writes the metrics of one step.
 
-        Raises:
-          UserError: If the loss or the gradient norm is NaN or infinite.
+        Args:
+          plan: The plan of the step.
+          metrics: Its metrics. Those that are NaN or infinite are left out: JSON has no such numbers, and loss parts
+            are NaN in mixed steps in which no device has examples of their task.
+          skipped: Whether the update of the step was not applied.
         """
-        values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
         names = [self._names[source] for source in plan.sources]
-        if not math.isfinite(values["loss"] + values["grad_norm"]):
-            fix = (
-                "lower optimizer.learning_rate or set optimizer.clip_norm, and use another output_dir"
-                if plan.number
-                else "the model has not been trained yet: check its weights and the objective settings for NaN, "
-                "infinite or huge values"
-            )
-            raise UserError(
-                f"step {plan.number} ({plan.task}, {', '.join(names)}): the loss is {values['loss']} and the "
-                f"gradient norm is {values['grad_norm']}; {fix}"
-            )
-        # Loss parts are NaN in mixed steps in which no device has examples of their task.
-        values = {name: value for name, value in values.items() if not math.isnan(value)}
+        values = {name: value for name, value in metrics.items() if math.isfinite(value)}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         line = {
@@ -99,6 +88,7 @@ class MetricsLog:
             "task": plan.task,
             "dataset": names if plan.task == "mixed" else names[0],
             **values,
+            **({"skipped": True} if skipped else {}),
             "tokens": plan.tokens,
             "computed_tokens": plan.computed_tokens,
             "seconds": seconds,
@@ -108,7 +98,8 @@ class MetricsLog:
         scalars["tokens_per_second"] = plan.tokens / seconds
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
         self._write_event(plan.number, summary=summary)
-        status = f"{plan.task:>3} loss {values['loss']:.4f}  {plan.tokens / seconds:,.0f} tokens/s"
+        loss = "skipped" if skipped else f"loss {values['loss']:.4f}"
+        status = f"{plan.task:>3} {loss}  {plan.tokens / seconds:,.0f} tokens/s"
         self._progress.update(self._task, completed=plan.number + 1, status=status)
         if not self._console.is_terminal and now - self._printed > SECONDS_BETWEEN_LINES:
             # The progress bar is not shown in log files.

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -19,9 +18,10 @@ from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_passthrough, r
 from codiemb_jax.config import CheckpointSettings, Settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.sampler import StepPlan
-from codiemb_jax.errors import UserError
+from codiemb_jax.distributed import first_value, is_first_process, log_console, preemption, to_host
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import replicate, row_sharding
+from codiemb_jax.training.finite import NonFiniteSteps, check_weights, count_skipped
 from codiemb_jax.training.log import MetricsLog
 from codiemb_jax.training.optimizer import make_optimizer
 from codiemb_jax.training.run import Run, attention_backend, held_out_paths
@@ -32,6 +32,10 @@ from codiemb_jax.training.step import Metrics, make_step
 
 Evaluate = Callable[[Params], HeldOutMetrics]
 Item = TypeVar("Item")
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and its state has been saved."""
 
 
 def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]:
@@ -46,37 +50,50 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
 
     Raises:
       UserError: If training diverges, or the output folder cannot be written.
+      Preempted: If a process has received SIGTERM.
     """
     settings, model, folder = run.setup.settings, run.setup.model, run.folder
-    with jax.set_mesh(run.setup.mesh), folder.write_errors():
-        done = folder.latest_step()
+    with jax.set_mesh(run.setup.mesh), folder.write_errors(), ExitStack() as stack:
+        done = first_value(folder.latest_step())
         if done:  # takes all weights from the checkpoint, because the model's folder may have changed
             initial, passthrough = None, restore_passthrough(folder.checkpoints, done)
         else:
             initial = model.load(settings.seed)
             passthrough = {name: np.asarray(weight) for name, weight in model.stream_passthrough().items()}
-        Console(stderr=True).print(f"attention backend: {attention_backend(run.setup)}")
-        log_overrides(settings, model)
-        log_data_problems(run)
+        # Locked only now, so that a model that cannot be loaded leaves no folder behind.
+        if is_first_process():
+            stack.enter_context(folder.locked(done))
+            if initial is not None:
+                folder.create(settings, run.inputs)
+        folder.check_shared()
+        console = log_console()
+        console.print(f"attention backend: {attention_backend(run.setup)}")
+        log_overrides(console, settings, model)
+        log_data_problems(console, run)
         if initial is not None:
-            folder.create(settings, run.inputs)
-            folder.write_before(evaluate(initial))
-        params = run_steps(run, initial, passthrough)
+            before = evaluate(initial)
+            if is_first_process():
+                folder.write_before(before)
+        params = run_steps(run, initial, passthrough, done)
         after = evaluate(params)
+        weights: Params = to_host(params) if settings.export else {}
+        if not is_first_process():
+            return {}, after
         if settings.export:
             folder.write_export(
-                partial(write_export, params=params, passthrough=passthrough, blueprint=model.blueprint, stock=True)
+                partial(write_export, params=weights, passthrough=passthrough, blueprint=model.blueprint, stock=True)
             )
         return folder.write_after(after), after
 
 
-def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.ndarray]) -> Params:
+def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.ndarray], done: int) -> Params:
     """Runs the steps and saves checkpoints.
 
     Args:
       run: The run.
       initial: The initial parameters, donated to the first step; None resumes from the newest checkpoint.
       passthrough: Weights that training does not change, saved with every checkpoint.
+      done: Number of steps done at the newest checkpoint; 0 if there is none.
 
     Returns:
       The trained parameters.
@@ -85,9 +102,8 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
     schedule = make_schedule(settings.optimizer, run.steps)
     optimizer = make_optimizer(settings.optimizer, schedule)
     layout = abstract_state(optimizer, model.abstract, settings.optimizer.offload)
-    done = folder.latest_step()
     if initial is None:
-        Console(stderr=True).print(f"continuing from step {done} of {run.steps}")
+        log_console().print(f"continuing from step {done} of {run.steps}")
         state = TrainState(*restore_run(folder.checkpoints, done, *layout))
     else:
         state = initial_state(optimizer, initial, layout)
@@ -97,23 +113,41 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
         task: make_step(model.graph, optimizer, schedule, settings, mesh, layout, task, model.config.has_dropout)
         for task in tasks
     }
-    pending: tuple[StepPlan, Metrics] | None = None  # the metrics of a step are fetched while the next one runs
-    checkpoints = RunCheckpoints(folder.checkpoints, settings.checkpoint.keep)
-    # Closing waits for a checkpoint that is being saved, even after an error.
-    with closing(checkpoints), MetricsLog(folder.metrics, folder.tensorboard, run.names, done, run.steps) as log:
+    with ExitStack() as stack:
+        # Closing waits for a checkpoint that is being saved, even after an error.
+        checkpoints = stack.enter_context(closing(RunCheckpoints(folder.checkpoints, settings.checkpoint.keep)))
+        log: MetricsLog | None = None
+        if is_first_process():
+            log = stack.enter_context(MetricsLog(folder.metrics, folder.tensorboard, run.names, done, run.steps))
+        non_finite = NonFiniteSteps(settings, run.names, first_value(count_skipped(folder.metrics)))
+        is_preempted = stack.enter_context(preemption())
+        pending: tuple[StepPlan, Metrics] | None = None  # the metrics of a step are fetched while the next one runs
+
+        def finish(plan: StepPlan, metrics: Metrics) -> None:
+            """Waits until a step has run, and logs it."""
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            skipped = non_finite.check(plan, values)
+            if log is not None:
+                log.write(plan, values, skipped)
+
         for plan, batch in one_ahead(batches(run.plan, run.datasets, row_sharding(mesh), start=done, stop=run.steps)):
             state, metrics = steps[plan.task](state, replicate(np.int32(plan.number), mesh), batch)
             if pending:
-                log.write(*pending)  # blocks, so that at most two steps are in flight
+                finish(*pending)  # blocks, so that at most two steps are in flight
             pending = (plan, metrics)
             done = plan.number + 1
-            if is_checkpoint_due(settings.checkpoint, done, run.plan.steps_per_epoch) or done == run.steps:
+            preempted = is_preempted(plan.number)
+            due = is_checkpoint_due(settings.checkpoint, done, run.plan.steps_per_epoch) or done == run.steps
+            if due or preempted:
                 # The lines of all steps before a checkpoint must be on disk before the checkpoint.
-                log.write(*pending)
-                log.flush()
+                finish(*pending)
                 pending = None
-                check_finite(state.params, done)
+                if log is not None:
+                    log.flush()
+                check_weights(state.params, done)
                 checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
+            if preempted:
+                raise Preempted
     return state.params
 
 
@@ -126,33 +160,14 @@ def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-@jax.jit
-def _all_finite(params: Params) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
-
-
-def check_finite(params: Params, done: int) -> None:
-    """Checks the weights after `done` steps, because the metrics of a step are computed before its update.
-
-    Raises:
-      UserError: If any weight is NaN or infinite.
-    """
-    if not jax.device_get(_all_finite(params)):
-        raise UserError(
-            f"step {done - 1}: the update made weights NaN or infinite; lower optimizer.learning_rate or "
-            "optimizer.weight_decay or set optimizer.clip_norm, and use another output_dir"
-        )
-
-
 def is_checkpoint_due(settings: CheckpointSettings, done: int, steps_per_epoch: int) -> bool:
     """Whether to save a checkpoint after `done` steps."""
     steps, epochs = settings.every_steps, settings.every_epochs
     return bool((steps and done % steps == 0) or (epochs and done % (epochs * steps_per_epoch) == 0))
 
 
-def log_overrides(settings: Settings, model: PretrainedModel) -> None:
+def log_overrides(console: Console, settings: Settings, model: PretrainedModel) -> None:
     """Logs each model setting that differs from the one stored in the model's folder."""
-    console = Console(stderr=True)
     for name, stored in model.folder.stored_settings.items():
         current = getattr(settings.model, name)
         if stored is not None and stored != current:
@@ -163,9 +178,8 @@ def log_overrides(settings: Settings, model: PretrainedModel) -> None:
             )
 
 
-def log_data_problems(run: Run) -> None:
+def log_data_problems(console: Console, run: Run) -> None:
     """Logs training files that are also held-out data, and files with scores outside [0, 1]."""
-    console = Console(stderr=True)
     settings = run.setup.settings
     held_out = {path.resolve() for task in TASKS for path in held_out_paths(settings, task)}
     for dataset in run.datasets:

@@ -17,6 +17,7 @@ from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Plan, Source
 from codiemb_jax.data.store import PreparedDataset, cache_folder
+from codiemb_jax.distributed import check_same, in_turns
 from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.models.attention import ROW_MULTIPLES, Backend, choose_backend
 from codiemb_jax.objectives.registry import OBJECTIVES
@@ -95,7 +96,7 @@ def open_run(setup: TrainingSetup) -> Run:
     }
     folder.check_location(input_paths)
     check_cache(cache_folder(), settings.output_dir, [path for paths in input_paths.values() for path in paths])
-    datasets = prepare_data(settings, files, setup.tokenizer)
+    datasets = in_turns(lambda: prepare_data(settings, files, setup.tokenizer))
     names = dataset_names([dataset.path for dataset in datasets])
     sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
     check_negatives(settings, names, datasets)
@@ -114,7 +115,15 @@ def open_run(setup: TrainingSetup) -> Run:
     if settings.data.sampler == "mixed":
         inputs[DEVICES] = str(layout.devices)
     folder.check_same_run(settings, inputs)
+    # All processes have checked the folder before the first one writes to it.
+    check_same(run_identity(settings, inputs), "start all of them with the same settings, model and data")
     return Run(setup, datasets, names, plan, steps, folder, inputs)
+
+
+def run_identity(settings: Settings, inputs: Mapping[str, str]) -> dict[str, str]:
+    """Returns everything that must be the same in all processes of a run, by name."""
+    values = settings.model_dump(mode="json", exclude={"distributed"})
+    return {name: json.dumps(value, sort_keys=True) for name, value in values.items()} | dict(inputs)
 
 
 def find_data(settings: Settings) -> dict[Task, list[Path]]:

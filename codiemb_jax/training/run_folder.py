@@ -15,16 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
+from filelock import FileLock, Timeout
 
 from codiemb_jax.checkpoints.orbax import is_checkpoint, saved_steps
 from codiemb_jax.config import Settings
+from codiemb_jax.distributed import first_value, is_first_process
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import read_json, write_atomically, write_json
 
 CHANGEABLE_SETTINGS = (
-    "output_dir", "mesh", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat", "data.packing",
-    "data.row_tokens", "optimizer.offload",
+    "output_dir", "mesh", "distributed", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat",
+    "data.packing", "data.row_tokens", "optimizer.offload", "non_finite",
 )  # fmt: skip
 """Settings that may change when a run is continued, because they do not affect the results of its steps."""
 
@@ -34,6 +37,8 @@ FORMAT_VERSION = 1
 
 TEMPORARY_FILE = re.compile(r"\.inputs\.json\.[0-9a-f]{8}\.tmp")
 """Name of inputs.json while it is being written, see `write_atomically`."""
+LOCK = ".lock"
+"""Name of the file that a running run keeps locked."""
 UNFINISHED_EXPORT = re.compile(r"\.export\.[0-9a-f]{8}\.unfinished")
 """Name of the folder of an export while it is being written."""
 
@@ -140,7 +145,8 @@ class RunFolder:
             names = sorted(child.name for child in self.path.iterdir()) if self.path.exists() else []
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be read: {error.strerror}") from error
-        if all(TEMPORARY_FILE.fullmatch(name) for name in names):  # empty, or left by a run killed at its very start
+        # Empty, or left by a run that was killed at its very start.
+        if all(name == LOCK or TEMPORARY_FILE.fullmatch(name) for name in names):
             return
         files, folders = (self.config, self.inputs, self.metrics, self.evaluation), (self.tensorboard, self.checkpoints)
         if self.inputs.name not in names and self.config.name not in names:
@@ -205,9 +211,50 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror or error}") from error
 
-    def create(self, settings: Settings, inputs: Mapping[str, str]) -> None:
-        """Creates the folder with config.yaml and inputs.json, which identify the run."""
+    @contextmanager
+    def locked(self, done: int) -> Iterator[None]:
+        """Creates the folder, and keeps every other run out of it in this block.
+
+        Args:
+          done: Number of steps at the newest checkpoint when the folder was checked.
+
+        Raises:
+          UserError: If another run uses the folder, or has used it since it was checked.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / LOCK
+        if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
+            raise UserError(f"{lock}: is not a file; move it away")
+        try:
+            held = FileLock(lock).acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(
+                f"output_dir: {self.path} is in use by another run; wait until it ends, or use another output_dir"
+            ) from error
+        with held:
+            if self.latest_step() != done:
+                raise UserError(f"output_dir: another run has written to {self.path}; run the same command again")
+            yield
+
+    def check_shared(self) -> None:
+        """Checks that all processes of this run see the same folder.
+
+        Raises:
+          UserError: If the folder of this process is not that of the first one.
+        """
+        expected = first_value(self.inputs.read_text(encoding="utf-8") if is_first_process() else "")
+        try:
+            found = self.inputs.read_text(encoding="utf-8")
+        except OSError:
+            found = ""
+        if found != expected:
+            raise UserError(
+                f"output_dir: process {jax.process_index()} does not see the files that process 0 has written to "
+                f"{self.path}; give a folder that all machines share"
+            )
+
+    def create(self, settings: Settings, inputs: Mapping[str, str]) -> None:
+        """Writes config.yaml and inputs.json, which identify the run."""
         write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION, "inputs": dict(inputs), "exports": self._exports()})
         resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(self.config, resolved)

@@ -189,7 +189,8 @@ def make_step(
 ) -> Callable[[TrainState, jax.Array, Batch], tuple[TrainState, Metrics]]:
     """Creates the jitted step of a task: (state, step number, batch) -> (new state, metrics before the update).
 
-    It compiles once per batch shape and donates the state.
+    If the loss or a gradient is NaN or infinite, the update is not applied. The step compiles once per batch shape
+    and donates the state.
 
     Args:
       graph: NNX graph definition of the model.
@@ -209,14 +210,25 @@ def make_step(
         opt_state = state.opt_state
         if settings.optimizer.offload:  # the shardings of the output move it back
             opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
+        new = TrainState(optax.apply_updates(state.params, updates), new_opt_state)
+        grad_norm = optax.global_norm(grads)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        def select(new: Any, old: Any) -> Any:
+            if isinstance(new, optax.ScaleByScheduleState):  # the learning rate depends only on the step number
+                return new
+            return jnp.where(is_finite, new, old)
+
+        old = TrainState(state.params, opt_state)
+        new = jax.tree.map(select, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
         metrics = {
             "loss": loss,
             **parts,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(number), jnp.float32),
         }
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+        return new, metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(

@@ -1,0 +1,299 @@
+"""Tests of runs with several processes, which are connected on this machine."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from codiemb_jax.config import DistributedSettings
+from codiemb_jax.distributed import check_same, exchange, in_turns, to_host
+from codiemb_jax.errors import UserError
+from tests.helpers import load_weights
+
+SETTINGS = """
+model: {{path: {golden}/youtu_tiny}}
+data:
+  ir: [{golden}/data/news.jsonl]
+  sts: [{golden}/data/questions.jsonl]
+  ir_global_batch_size: 8
+  sts_global_batch_size: 16
+  positives_per_query: 1
+  negatives_per_query: 4
+  query_max_tokens: 64
+  passage_max_tokens: 64
+  row_tokens: 128
+objective: {{sts_list_size: null}}
+optimizer: {{learning_rate: 1.0e-4, warmup_steps: 2, max_steps: {steps}}}
+checkpoint: {{every_steps: 4, every_epochs: null}}
+"""
+STEPS = 12
+
+
+class Processes:
+    """The processes of one run. Ends them at the end of a `with` block."""
+
+    def __init__(self, folder: Path, config: Path, name: str, processes: int, devices: int, *flags: str):
+        """Starts them, with the output in `folder / name` and records in `folder / NAME-PROCESS.jsonl`."""
+        self.output = folder / name
+        self.records = [folder / f"{name}-{i}.jsonl" for i in range(processes)]
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            self.address = f"localhost:{probe.getsockname()[1]}"
+        cache = {"CODIEMB_JAX_CACHE": str(folder / "cache")}
+        environment = {
+            **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **cache
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.recorded_train"]
+        self.processes = []
+        for i, record in enumerate(self.records):
+            own = [str(record), *flags, "--config", str(config), "--output_dir", str(self.output)]
+            if processes > 1:
+                own += ["--distributed.coordinator", self.address, "--distributed.num_processes", str(processes)]
+                own += ["--distributed.process_id", str(i)]
+            self.processes.append(
+                subprocess.Popen(
+                    [*command, *own], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait(self, timeout: float = 300) -> list[tuple[int, str]]:
+        """Returns the exit code and the output of each process."""
+        deadline = time.monotonic() + timeout
+        outputs = [process.communicate(timeout=deadline - time.monotonic())[0] for process in self.processes]
+        return [(process.returncode, output) for process, output in zip(self.processes, outputs, strict=True)]
+
+    def finish(self) -> list[str]:
+        """Waits until the run has ended well, and returns the output of each process."""
+        ended = self.wait()
+        assert all(code == 0 for code, _ in ended), "\n".join(output for _, output in ended)
+        return [output for _, output in ended]
+
+    def wait_for_lines(self, count: int) -> None:
+        """Waits until `count` steps have been logged."""
+        deadline = time.monotonic() + 200
+        metrics = self.output / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+            assert all(process.poll() is None for process in self.processes), self.wait()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def write_config(folder: Path, golden: Path, steps: int = STEPS) -> Path:
+    config = folder / "settings.yaml"
+    config.write_text(SETTINGS.format(golden=golden, steps=steps))
+    return config
+
+
+def read_metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(actual: list[dict], expected: list[dict]) -> None:
+    """Asserts that metrics are equal up to 1e-5 at the first step and 5e-4 at the others."""
+    assert len(actual) == len(expected)
+    for step, (line, expected_line) in enumerate(zip(actual, expected, strict=True)):
+        assert line.keys() == expected_line.keys()
+        for name, value in expected_line.items():
+            if name in ("computed_tokens", "seconds"):  # depend on the devices
+                continue
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=1e-5 if step == 0 else 5e-4)
+            assert line[name] == value, (step, name)
+
+
+@pytest.fixture(scope="module")
+def single(golden, tmp_path_factory):
+    """A folder with a run in a single process on a single device: its settings and its output."""
+    folder = tmp_path_factory.mktemp("distributed")
+    config = write_config(folder, golden)
+    with Processes(folder, config, "single", 1, 1) as run:
+        run.finish()
+        return folder, config, run
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "flags"),
+    [
+        (2, 2, ["--mesh.fsdp", "4"]),
+        pytest.param(1, 4, ["--mesh.fsdp", "2"], marks=pytest.mark.slow),
+        pytest.param(2, 1, ["--data.packing", "false", "--data.row_tokens", "null"], marks=pytest.mark.slow),
+        pytest.param(2, 1, ["--mesh.tensor", "2"], marks=pytest.mark.slow),
+        pytest.param(2, 4, ["--ring", "--mesh.fsdp", "2", "--mesh.tensor", "2"], marks=pytest.mark.slow),
+        pytest.param(4, 1, ["--ring", "--data.packing", "false", "--data.row_tokens", "null"], marks=pytest.mark.slow),
+        pytest.param(4, 2, ["--mesh.fsdp", "4", "--encode_chunks", "2"], marks=pytest.mark.slow),
+    ],
+    ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else str(value),
+)
+def test_run_does_not_depend_on_the_number_of_processes(processes, devices, flags, single, tmp_path):
+    folder, config, expected = single
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    with Processes(tmp_path, config, "several", processes, devices, *flags) as run:
+        run.finish()
+    assert_close(read_metrics(run.output), read_metrics(expected.output))
+    actual_weights, weights = (load_weights(output / "export") for output in (run.output, expected.output))
+    assert actual_weights.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_allclose(
+            actual_weights[name].astype(np.float32), weight.astype(np.float32), rtol=0, atol=2e-5, err_msg=name
+        )
+    read = [read_examples(record) for record in run.records]
+    whole = read_examples(expected.records[0])
+    tensor_parallel = "--mesh.tensor" in flags and devices == 1  # then both processes have the same rows
+    for step in range(STEPS):
+        parts = [examples[step] for examples in read]
+        if tensor_parallel:
+            assert all(sorted(part) == sorted(whole[step]) for part in parts)
+        else:
+            assert all(parts)
+            assert sorted(sum(parts, [])) == sorted(whole[step])  # disjoint and complete
+
+
+def read_examples(record: Path) -> dict[int, list[int]]:
+    """Returns the examples that a process has read, by step."""
+    examples = defaultdict(list)
+    for line in record.read_text().splitlines():
+        step, part = json.loads(line)
+        examples[step] += part
+    return examples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "flags"), [(1, []), (8, ["--mesh.data", "8"])], ids=["one device", "data 8"])
+def test_checkpoint_of_two_processes_continues_in_one(devices, flags, single, golden, tmp_path):
+    folder, config, expected = single
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    with Processes(tmp_path, config, "run", 2, 2, "--mesh.fsdp", "4") as run:
+        run.wait_for_lines(6)  # after the checkpoint of step 4
+        for process in run.processes:
+            process.kill()
+        run.wait()
+    with Processes(tmp_path, config, "run", 1, devices, *flags) as run:
+        (output,) = run.finish()
+    assert "continuing from step" in output
+    assert_close(read_metrics(run.output), read_metrics(expected.output))
+
+
+@pytest.mark.slow
+def test_failed_process_stops_the_others_with_its_reason(single, tmp_path):
+    _, config, _ = single
+    broken = tmp_path / "settings.yaml"
+    broken.write_text(config.read_text())
+    with Processes(tmp_path, broken, "run", 2, 1) as run:
+        # The second process cannot read its data.
+        run.processes[1].kill()
+        run.processes[1].wait()
+        environment = {**os.environ, "XLA_FLAGS": "", "CODIEMB_JAX_CACHE": str(tmp_path / "cache")}
+        arguments = ["--distributed.coordinator", run.address, "--distributed.num_processes", "2"]
+        arguments += ["--distributed.process_id", "1", "--data.ir", str(tmp_path / "absent.jsonl")]
+        command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(broken), *arguments]
+        run.processes[1] = subprocess.Popen(
+            [*command, "--output_dir", str(run.output)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        (first_code, first), (second_code, second) = run.wait(120)
+    assert (first_code, second_code) == (2, 2)
+    assert "error: data.ir:" in second and "absent.jsonl" in second
+    assert "process 0 stops because process 1 failed: data.ir:" in first
+    assert "Traceback" not in first + second
+    assert not run.output.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_dead_process_stops_the_others(killed, single, tmp_path):
+    _, config, _ = single
+    long = tmp_path / "settings.yaml"
+    long.write_text(config.read_text().replace(f"max_steps: {STEPS}", "max_steps: 100000"))
+    with Processes(tmp_path, long, "run", 2, 1) as run:
+        run.wait_for_lines(3)
+        run.processes[killed].send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        code, output = run.wait(200)[1 - killed]
+    assert time.monotonic() - start < 150
+    assert code != 0
+    assert f"process {killed}" in output or f"task:{killed}" in output
+
+
+@pytest.mark.slow
+def test_sigterm_of_one_process_saves_and_ends_all(single, tmp_path):
+    folder, config, expected = single
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    flags = ["--checkpoint.every_steps", "null"]
+    with Processes(tmp_path, config, "run", 2, 1, *flags) as run:
+        run.wait_for_lines(2)
+        run.processes[1].send_signal(signal.SIGTERM)
+        ended = run.wait()
+    assert [code for code, _ in ended] == [0, 0], ended
+    if "stopped by SIGTERM" in ended[0][1]:  # unless the run was faster
+        assert not (run.output / "export").exists()
+        with Processes(tmp_path, config, "run", 2, 1, *flags) as run:
+            assert "continuing from step" in run.finish()[0]
+    assert_close(read_metrics(run.output), read_metrics(expected.output))
+
+
+def test_missing_coordinator_is_reported(single, tmp_path):
+    _, config, _ = single
+    code = (
+        "import sys\nfrom codiemb_jax import distributed, train\nfrom codiemb_jax.program import run_program\n"
+        "distributed.CONNECT_SECONDS = 1\nrun_program(lambda: train.main(sys.argv[1:]))"
+    )
+    flags = ["--distributed.coordinator", "localhost:1", "--distributed.num_processes", "2"]
+    command = [sys.executable, "-c", code, "--config", str(config), "--output_dir", str(tmp_path / "run"), *flags]
+    done = subprocess.run(
+        [*command, "--distributed.process_id", "1"], capture_output=True, text=True, env=os.environ, timeout=120
+    )
+    assert done.returncode == 2
+    assert "distributed.coordinator: nothing answers at localhost:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"coordinator": "host:1"}, "together"),
+        ({"num_processes": 2}, "together"),
+        ({"process_id": 0, "num_processes": 1}, "together"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "must be less than num_processes 2"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 1}, "coordinator"),
+        ({"coordinator": "http://host:1", "num_processes": 2, "process_id": 1}, "coordinator"),
+    ],
+)
+def test_incomplete_settings_are_rejected(values, message):
+    with pytest.raises(ValueError, match=message):
+        DistributedSettings.model_validate(values)
+
+
+@pytest.mark.parametrize("address", ["host:1234", "10.0.0.1:80", "[::1]:8476"])
+def test_addresses_are_accepted(address):
+    settings = DistributedSettings.model_validate({"coordinator": address, "num_processes": 2, "process_id": 1})
+    assert settings.coordinator == address
+
+
+def test_a_single_process_talks_to_itself():
+    assert exchange({"a": 1}) == [{"a": 1}]
+    assert in_turns(lambda: "done") == "done"
+    check_same({"seed": "1"}, "set it")
+    np.testing.assert_array_equal(to_host({"x": np.arange(3)})["x"], np.arange(3))
+
+
+def test_different_values_are_reported(monkeypatch):
+    monkeypatch.setattr("codiemb_jax.distributed.exchange", lambda value: [value, {"seed": "2", "data": "x"}])
+    with pytest.raises(UserError, match=r"(?s)set it:\n  data: None in process 0, x in process 1\n  seed: 1 in .* 2 in"):
+        check_same({"seed": "1"}, "set it")

@@ -1,0 +1,76 @@
+"""Tests of a run that is stopped from outside, and of two runs in one folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from codiemb_jax.errors import UserError
+from codiemb_jax.training.run_folder import LOCK
+from tests.helpers import assert_bitwise, golden_settings, load_weights, read_files, run
+
+
+@pytest.fixture
+def settings(golden, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / "cache"))
+    return golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / "data" / "news.jsonl")]})
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_code_0(settings, tmp_path):
+    expected = run({**settings, "output_dir": str(tmp_path / "whole")}, tmp_path)
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0
+    if "stopped by SIGTERM" in error:  # unless the run was faster
+        done = len(metrics.read_text().splitlines())
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(done)]
+        assert not (tmp_path / "run" / "export").exists()
+    lines = run(settings, tmp_path)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert_bitwise(*(load_weights(tmp_path / name / "export") for name in ("run", "whole")))
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.0])
+def test_sigterm_at_the_start_exits_with_code_0(seconds, settings, tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=200)
+    # Python itself starts in less than the shorter time, unless the machine is busy.
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in error
+
+
+def test_second_run_in_the_same_folder_is_refused(settings, tmp_path):
+    run(settings, tmp_path, "--optimizer.max_steps", "2")
+    before = read_files(tmp_path / "run")
+    with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="is in use by another run; wait until"):
+        run(settings, tmp_path, "--optimizer.max_steps", "2")
+    assert read_files(tmp_path / "run") == before
+
+
+def test_link_in_place_of_the_lock_is_refused(settings, tmp_path):
+    run(settings, tmp_path, "--optimizer.max_steps", "2")
+    (tmp_path / "run" / LOCK).unlink()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=r"\.lock: is not a file; move it away"):
+        run(settings, tmp_path, "--optimizer.max_steps", "2")
+    assert not (tmp_path / "other").exists()
