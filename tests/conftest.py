@@ -46,8 +46,10 @@ collect_ignore = [
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.option.markexpr == "not slow":
-        terminalreporter.write_line("tests marked slow were not run; pytest -m slow runs them")
+    if config.option.markexpr == "not slow and not drill":
+        terminalreporter.write_line(
+            "tests marked slow or drill were not run; pytest -m slow and pytest -m drill run them"
+        )
     if collect_ignore:
         terminalreporter.write_line(f"not collected, because PyTorch is not installed: {', '.join(collect_ignore)}")
 

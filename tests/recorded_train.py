@@ -1,15 +1,18 @@
-"""The training program, which also records the examples that its process reads.
+"""The training program, with changes for tests.
 
-    python -m tests.recorded_train RECORD [--ring] [arguments of the training program]
+    python -m tests.recorded_train RECORD [--ring] [--heartbeat SECONDS] [arguments of the training program]
 
-Each line of RECORD is [step, examples]. --ring computes InfoNCE tile by tile for any batch.
+Writes the examples that this process reads to RECORD, with a line [step, examples] for each of its devices. --ring
+computes InfoNCE tile by tile for any batch. --heartbeat sets the time after which a silent process is considered dead.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from codiemb_jax import distributed
 from codiemb_jax.data import loader
 from codiemb_jax.objectives import contrastive
 from codiemb_jax.program import run_program
@@ -17,19 +20,23 @@ from codiemb_jax.train import main as train
 
 
 def main(arguments: Sequence[str]) -> None:
-    record, *arguments = arguments
-    if "--ring" in arguments:
-        arguments.remove("--ring")
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--ring", action="store_true")
+    parser.add_argument("--heartbeat", type=int, default=distributed.HEARTBEAT_SECONDS)
+    options, rest = parser.parse_known_args(arguments)
+    distributed.HEARTBEAT_SECONDS = options.heartbeat
+    if options.ring:
         contrastive.DENSE_BYTES = 0
     read = loader.StepSource._batch
 
     def recorded(self, plan, start, stop):
-        with Path(record).open("a") as file:
+        with options.record.open("a") as file:
             file.write(json.dumps([plan.number, plan.examples[start:stop].tolist()]) + "\n")
         return read(self, plan, start, stop)
 
     loader.StepSource._batch = recorded
-    train(arguments)
+    train(rest)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from codiemb_jax.config import DistributedSettings
 from codiemb_jax.distributed import check_same, exchange, in_turns, to_host
 from codiemb_jax.errors import UserError
 from tests.helpers import load_weights
+from tests.processes import Processes
 
 SETTINGS = """
 model: {{path: {golden}/youtu_tiny}}
@@ -36,63 +36,6 @@ optimizer: {{learning_rate: 1.0e-4, warmup_steps: 2, max_steps: {steps}}}
 checkpoint: {{every_steps: 4, every_epochs: null}}
 """
 STEPS = 12
-
-
-class Processes:
-    """The processes of one run. Ends them at the end of a `with` block."""
-
-    def __init__(self, folder: Path, config: Path, name: str, processes: int, devices: int, *flags: str):
-        """Starts them, with the output in `folder / name` and records in `folder / NAME-PROCESS.jsonl`."""
-        self.output = folder / name
-        self.records = [folder / f"{name}-{i}.jsonl" for i in range(processes)]
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            self.address = f"localhost:{probe.getsockname()[1]}"
-        cache = {"CODIEMB_JAX_CACHE": str(folder / "cache")}
-        environment = {
-            **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **cache
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.recorded_train"]
-        self.processes = []
-        for i, record in enumerate(self.records):
-            own = [str(record), *flags, "--config", str(config), "--output_dir", str(self.output)]
-            if processes > 1:
-                own += ["--distributed.coordinator", self.address, "--distributed.num_processes", str(processes)]
-                own += ["--distributed.process_id", str(i)]
-            self.processes.append(
-                subprocess.Popen(
-                    [*command, *own], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                )
-            )
-
-    def __enter__(self) -> "Processes":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def wait(self, timeout: float = 300) -> list[tuple[int, str]]:
-        """Returns the exit code and the output of each process."""
-        deadline = time.monotonic() + timeout
-        outputs = [process.communicate(timeout=deadline - time.monotonic())[0] for process in self.processes]
-        return [(process.returncode, output) for process, output in zip(self.processes, outputs, strict=True)]
-
-    def finish(self) -> list[str]:
-        """Waits until the run has ended well, and returns the output of each process."""
-        ended = self.wait()
-        assert all(code == 0 for code, _ in ended), "\n".join(output for _, output in ended)
-        return [output for _, output in ended]
-
-    def wait_for_lines(self, count: int) -> None:
-        """Waits until `count` steps have been logged."""
-        deadline = time.monotonic() + 200
-        metrics = self.output / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
-            assert all(process.poll() is None for process in self.processes), self.wait()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
 
 
 def write_config(folder: Path, golden: Path, steps: int = STEPS) -> Path:
@@ -295,5 +238,7 @@ def test_a_single_process_talks_to_itself():
 
 def test_different_values_are_reported(monkeypatch):
     monkeypatch.setattr("codiemb_jax.distributed.exchange", lambda value: [value, {"seed": "2", "data": "x"}])
-    with pytest.raises(UserError, match=r"(?s)set it:\n  data: None in process 0, x in process 1\n  seed: 1 in .* 2 in"):
+    with pytest.raises(
+        UserError, match=r"(?s)set it:\n  data: None in process 0, x in process 1\n  seed: 1 in .* 2 in"
+    ):
         check_same({"seed": "1"}, "set it")

@@ -148,7 +148,16 @@ def test_export_at_learning_rate_0_is_bitwise_equal(both_tasks, golden):
 
 def test_run_writes_documented_files_and_metrics(both_tasks):
     folder, lines, _ = both_tasks
-    names = {".lock", "config.yaml", "inputs.json", "metrics.jsonl", "evaluation.json", "checkpoints", "tensorboard", "export"}
+    names = {
+        ".lock",
+        "config.yaml",
+        "inputs.json",
+        "metrics.jsonl",
+        "evaluation.json",
+        "checkpoints",
+        "tensorboard",
+        "export",
+    }
     assert {path.name for path in folder.iterdir()} == names
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4"]
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
