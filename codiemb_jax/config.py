@@ -266,7 +266,7 @@ class CheckpointSettings(Section):
 
 
 class DistributedSettings(Section):
-    coordinator: Annotated[str, Field(strict=True, pattern=r"^[^\s:/]+(:[^\s:/]+)*:[0-9]{1,5}$")] | None = None
+    coordinator: Annotated[str, Field(strict=True, pattern=r"^(\[[0-9a-fA-F:.]+\]|[^\s:/]+):[0-9]{1,5}$")] | None = None
     """HOST:PORT of the first process, where the others connect; null finds the processes on TPUs, Slurm, Open MPI and
     Kubernetes, and runs alone elsewhere."""
     num_processes: PositiveInt | None = None

@@ -86,8 +86,9 @@ def _connect(settings: DistributedSettings) -> bool:
         if settings.coordinator is None:
             try:
                 jax.distributed.initialize(**limits)
-            except ValueError as error:
-                if "coordinator_address should be defined" in str(error):  # nothing found
+            except (ValueError, RuntimeError) as error:
+                # Nothing found, or called from a Python program that has used JAX before.
+                if any(text in str(error) for text in ("coordinator_address should be", "must be called before")):
                     return False
                 raise
         else:

@@ -9,13 +9,13 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from rich.progress import track
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.checkpoints.blueprint import Blueprint
 from codiemb_jax.checkpoints.model import open_folder, open_with_stored_settings, resolve_model_path
 from codiemb_jax.config import MeshSettings
+from codiemb_jax.distributed import log_console
 from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.files import is_unicode
 from codiemb_jax.models.attention import ROW_MULTIPLES
@@ -255,7 +255,7 @@ class Embedder:
             # Elsewhere every length would do; rounding it makes batches share compiled programs.
             multiple=ROW_MULTIPLES["splash"] if self._mesh.devices.flat[0].platform == "tpu" else 8,
         )
-        console = Console(stderr=True)
+        console = log_console()
         show = console.is_terminal and len(batches.texts) > 1 if show_progress_bar is None else show_progress_bar
         steps = zip(batches.texts, batches.text_rows, strict=True)
         pending: list[tuple[np.ndarray, np.ndarray, jax.Array]] = []
