@@ -63,8 +63,8 @@ def connected(settings: DistributedSettings) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # Most likely a consequence of another process's failure, which is the better explanation.
-            _print(me, "lost the connection to another process; waiting for the reason")
+            # Most likely a consequence of another process's failure or death, which is the better explanation.
+            _print(me, f"lost another process; the reason follows within {HEARTBEAT_SECONDS} seconds")
             time.sleep(HEARTBEAT_SECONDS + LEAVE_SECONDS)
         _publish_failure(me, error)
         if me == 0:

@@ -5,12 +5,8 @@ Run the same command again to continue from the newest checkpoint in output_dir.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from codiemb_jax.program import loading_modules, run_program
-
-if TYPE_CHECKING:
-    from codiemb_jax.config import Settings
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_jax.train") -> None:
@@ -28,34 +24,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     _, settings = found
 
     with loading_modules():
-        from codiemb_jax.distributed import connected
-
-    with connected(settings.distributed):
-        run(settings)
-
-
-def run(settings: "Settings") -> None:
-    """Trains or resumes the run of these settings. See `main`."""
-    with loading_modules():
         from codiemb_jax.compilation import use_compilation_cache
-        from codiemb_jax.distributed import is_first_process, log_console
+        from codiemb_jax.distributed import connected, is_first_process, log_console
         from codiemb_jax.embedder import Embedder
         from codiemb_jax.evaluation.held_out import evaluate, read_held_out
         from codiemb_jax.training.loop import Preempted, train
         from codiemb_jax.training.run import open_run, open_training_model
 
-    setup = open_training_model(settings)
-    held_out = read_held_out(settings.evaluation, setup.tokenizer, setup.max_tokens)
-    embedder = Embedder(setup.model.graph, None, setup.model.blueprint, setup.mesh)
-    opened = open_run(setup)
-    use_compilation_cache()
-    try:
-        before, after = train(opened, lambda params: evaluate(embedder.with_params(params), held_out))
-    except Preempted:
-        log_console().print("stopped by SIGTERM; run the same command again to continue")
-        return
-    if is_first_process():
-        print_report(before, after, opened.folder.export if settings.export else None)
+    with connected(settings.distributed):
+        setup = open_training_model(settings)
+        held_out = read_held_out(settings.evaluation, setup.tokenizer, setup.max_tokens)
+        embedder = Embedder(setup.model.graph, None, setup.model.blueprint, setup.mesh)
+        run = open_run(setup)
+        use_compilation_cache()
+        try:
+            before, after = train(run, lambda params: evaluate(embedder.with_params(params), held_out))
+        except Preempted:
+            log_console().print("stopped by SIGTERM; run the same command again to continue")
+            return
+        if is_first_process():
+            print_report(before, after, run.folder.export if settings.export else None)
 
 
 def print_report(before: dict[str, float], after: dict[str, float], export: Path | None) -> None:

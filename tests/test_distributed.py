@@ -36,6 +36,8 @@ optimizer: {{learning_rate: 1.0e-4, warmup_steps: 2, max_steps: {steps}}}
 checkpoint: {{every_steps: 4, every_epochs: null}}
 """
 STEPS = 12
+EXACT = ("loss", "grad_norm", "learning_rate")
+"""Compared relative to their size; parts of the loss are much smaller than the loss."""
 
 
 def write_config(folder: Path, golden: Path, steps: int = STEPS) -> Path:
@@ -57,7 +59,7 @@ def assert_close(actual: list[dict], expected: list[dict]) -> None:
             if name in ("computed_tokens", "seconds"):  # depend on the devices
                 continue
             if isinstance(value, float):
-                value = pytest.approx(value, rel=1e-5 if step == 0 else 5e-4, abs=1e-6)
+                value = pytest.approx(value, rel=1e-5 if step == 0 else 5e-4, abs=0 if name in EXACT else 1e-5)
             assert line[name] == value, (step, name)
 
 
@@ -171,7 +173,9 @@ def test_dead_process_stops_the_others(killed, single, tmp_path):
         code, output = run.wait(200)[1 - killed]
     assert time.monotonic() - start < 150
     assert code != 0
-    assert f"process {killed}" in output or f"task:{killed}" in output
+    assert f"process {1 - killed} lost another process" in output
+    # JAX calls process 0 the leader.
+    assert ("tasks are unhealthy (stopped sending heartbeats):\n1\n" if killed else "the leader task") in output
 
 
 @pytest.mark.slow
