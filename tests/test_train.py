@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 from tensorboard.compat.proto.event_pb2 import Event
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.program import run_program
 from codiemb_jax.train import main
 from convert.hf_to_orbax import main as hf_to_orbax
 from tests.helpers import golden_settings, read_files, run
@@ -600,14 +601,13 @@ def test_data_that_overlap_with_output_dir_raise_user_error(setting, path, finis
     assert snapshot(folder) == before
 
 
-def test_user_error_exits_with_code_2_and_one_message(tmp_path, capsys):
-    with pytest.raises(SystemExit) as system_exit:
-        run_program(lambda: main(["--config", str(tmp_path / "absent.yaml")]))
-    assert system_exit.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "absent.yaml" in error
-    assert "Traceback" not in error
+def test_user_error_exits_with_code_2_and_one_message(tmp_path):
+    command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(tmp_path / "absent.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "absent.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
