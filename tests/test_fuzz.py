@@ -109,28 +109,28 @@ def check(folder: Path, read: Any) -> bool:
     return refused
 
 
-def test_data_files(golden, tmp_path):
-    """2,000 broken .json and .jsonl files."""
+@pytest.mark.parametrize(("task", "name"), [("ir", "news"), ("sts", "questions")])
+def test_data_files(task, name, golden, tmp_path):
+    """1,000 broken .json and .jsonl files of each task."""
+    lines = (golden / "data" / f"{name}.jsonl").read_text().splitlines()[:3]
+    records = [json.loads(line) for line in lines]
     refused = []
-    for task, name in (("ir", "news"), ("sts", "questions")):
-        lines = (golden / "data" / f"{name}.jsonl").read_text().splitlines()[:3]
-        records = [json.loads(line) for line in lines]
 
-        @settings(max_examples=1000)
-        @given(st.data(), st.sampled_from([".json", ".jsonl"]), st.booleans())
-        def test(data, suffix, structured, *, task=task, records=records):
-            if structured:
-                broken = [data.draw(broken_json(record)) for record in records]
-                content = dump(broken) if suffix == ".json" else b"\n".join(map(dump, broken))
-            else:
-                valid = dump(records) if suffix == ".json" else b"\n".join(map(dump, records))
-                content = data.draw(broken_bytes(valid))
-            path = tmp_path / f"data{suffix}"
-            path.write_bytes(content)
-            refused.append(check(tmp_path, lambda: list(read_records(path, task))))
+    @settings(max_examples=1000)
+    @given(st.data(), st.sampled_from([".json", ".jsonl"]), st.booleans())
+    def test(data, suffix, structured):
+        if structured:
+            broken = [data.draw(broken_json(record)) for record in records]
+            content = dump(broken) if suffix == ".json" else b"\n".join(map(dump, broken))
+        else:
+            valid = dump(records) if suffix == ".json" else b"\n".join(map(dump, records))
+            content = data.draw(broken_bytes(valid))
+        path = tmp_path / f"data{suffix}"
+        path.write_bytes(content)
+        refused.append(check(tmp_path, lambda: list(read_records(path, task))))
 
-        test()
-    assert len(refused) >= 2000
+    test()
+    assert len(refused) >= 1000
     assert 0.5 < np.mean(refused) < 1
 
 
@@ -203,7 +203,7 @@ def test_prepared_datasets(golden, tokenizer, tmp_path):
     """1,000 broken files of a prepared dataset: index, manifest and records."""
     source = golden / "data" / "news.jsonl"
     prepared = prepare(
-        source, "ir", PromptTokenizer(tokenizer, PromptSettings()), query_max_tokens=32, passage_max_tokens=32,
+        source, "ir", PromptTokenizer(tokenizer, PromptSettings()), query_max_tokens=64, passage_max_tokens=64,
         cache=tmp_path / "cache",
     )  # fmt: skip
     files = sorted(path for path in prepared.folder.rglob("*") if path.is_file())
@@ -228,6 +228,8 @@ def test_prepared_datasets(golden, tokenizer, tmp_path):
     assert 0.5 < np.mean(refused) < 1
 
 
+# Reads that Orbax has not begun yet when another one fails are never awaited.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 def test_checkpoints(model, tmp_path):
     """500 broken files of a checkpoint. What is read must be bitwise what was saved."""
     opened = open_model(

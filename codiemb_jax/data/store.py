@@ -65,6 +65,9 @@ class PreparedDataset:
         index = self.index
         starts = index.passage_offsets[examples]
         counts = index.passage_offsets[examples + 1] - starts
+        with read_errors(self.folder):
+            if not ((starts >= 0) & (counts >= 1) & (starts + counts <= self.totals.passages)).all():
+                raise ValueError("passage_offsets are out of range")
         queries = np.cumsum(counts + 1) - (counts + 1)
         is_passage = np.ones(int(counts.sum()) + counts.size, bool)
         is_passage[queries] = False
