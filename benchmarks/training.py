@@ -172,6 +172,7 @@ def run_sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
         "negative": [records[i]["negatives"][0][2] for i in order],
     }
     transformer = Transformer(str(options.model), max_seq_length=options.max_tokens, model_kwargs={"dtype": "float32"})
+    transformer.modality_config.pop("message", None)  # no chat template around the texts
     model = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension()), Normalize()],
         device="cuda" if torch.cuda.is_available() else "cpu",

@@ -248,6 +248,7 @@ UNSUPPORTED_SETTINGS = {
     "tokenizer_args": {"truncation_side": "left"},
     "processing_kwargs": {"text": {"max_length": 8}},
     "query_length": 12,
+    "query_expansion": {"token": "[MASK]"},
 }
 
 
@@ -258,6 +259,15 @@ def test_unsupported_tokenizer_setting_raises_user_error(key, minilm, tmp_path):
     settings = {"max_seq_length": 64, key: UNSUPPORTED_SETTINGS[key]}
     (tmp_path / "model" / "sentence_bert_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"{key} in sentence_\*_config\.json is not supported"):
+        Embedder.from_pretrained(tmp_path / "model")
+
+
+def test_chat_template_raises_user_error(minilm, tmp_path):
+    """sentence-transformers puts the texts into the template if the folder says so."""
+    shutil.copytree(minilm, tmp_path / "model")
+    settings = {"max_seq_length": 64, "modality_config": {"text": {}, "message": {"method": "forward"}}}
+    (tmp_path / "model" / "sentence_bert_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="formatted with a chat template, which is not supported; remove `message`"):
         Embedder.from_pretrained(tmp_path / "model")
 
 

@@ -35,7 +35,7 @@ LIMIT_PREFIXES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-r
 """`X` in the file names sentence_X_config.json, in the order in which sentence-transformers looks for them."""
 UNSUPPORTED_LIMITS = (
     "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs", "query_length", "document_length",
-    "processing_kwargs",
+    "processing_kwargs", "query_expansion",
 )  # fmt: skip
 """Keys of that file that change the embeddings but are not implemented here."""
 IDENTITY = "torch.nn.modules.linear.Identity"
@@ -114,6 +114,12 @@ def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, i
         raise UserError(
             f"{folder}: {unsupported[0]} in sentence_*_config.json is not supported; only max_seq_length "
             "and do_lower_case are"
+        )
+    modalities = limits.get("modality_config")
+    if isinstance(modalities, dict) and "message" in modalities:
+        raise UserError(
+            f"{folder}: its texts are formatted with a chat template, which is not supported; remove `message` from "
+            "modality_config in sentence_*_config.json to embed the texts alone"
         )
     prompts = config.get("prompts")
     if isinstance(prompts, dict):
