@@ -10,6 +10,7 @@ from codiemb_jax.version import __version__
 PROGRAMS = {
     "train": ("codiemb_jax.train", "fine-tune a model, or continue a run that was stopped"),
     "prepare": ("codiemb_jax.prepare", "tokenize the data of a configuration ahead of time"),
+    "preflight": ("codiemb_jax.preflight", "tell whether a configuration fits on some devices"),
     "hf-to-orbax": ("convert.hf_to_orbax", "convert a Hugging Face folder to an Orbax checkpoint"),
     "orbax-to-hf": ("convert.orbax_to_hf", "export an Orbax checkpoint as a Hugging Face folder"),
 }

@@ -81,7 +81,10 @@ optimizer:
   offload: false
 encode_chunks: 1
 mesh: {data: -1, fsdp: 1, tensor: 1}
+distributed: {coordinator: null, num_processes: null, process_id: null}
 checkpoint: {every_steps: null, every_epochs: 1, keep: 3}
+non_finite: stop
+non_finite_skips: 10
 export: true
 """
 
@@ -567,13 +570,6 @@ def test_error_message_shortens_huge_unknown_flag(error_lines):
 def test_deeply_nested_file_raises_user_error(error_lines):
     (problem,) = error_lines(MINIMAL + "seed: " + "[" * 3000 + "\n")
     assert problem.startswith("FILE: not valid YAML: maximum recursion depth exceeded")
-
-
-def test_removed_settings_are_unknown(error_lines):
-    assert error_lines(MINIMAL + "distributed: {}\n")[1:] == ["  FILE:6: distributed: unknown setting"]
-    assert error_lines(MINIMAL, "--distributed.coordinator", "auto") == [
-        "unrecognized arguments: --distributed.coordinator auto"
-    ]
 
 
 SINGLE_PROBLEMS = {

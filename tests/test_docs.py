@@ -93,6 +93,9 @@ def test_commands_are_valid(page):
             assert name in cli.PROGRAMS, words
             if name in ("train", "prepare"):
                 check_train_arguments(arguments)
+            elif name == "preflight":
+                own = arguments.index("--topology") if "--topology" in arguments else len(arguments)
+                check_train_arguments(arguments[:own] + arguments[own + 2 :])
             else:
                 source = read_text(REPOSITORY / (cli.PROGRAMS[name][0].replace(".", "/") + ".py"))
                 flags = [word for word in arguments if word.startswith("--")]

@@ -19,6 +19,7 @@ PROGRAMS = {
         "--data.max_examples",
     },
     "codiemb_jax.prepare": {"--config", "--beam", "--model.path", "--data.max_examples"},
+    "codiemb_jax.preflight": {"--config", "--topology", "--json", "--encode_chunks"},
     "convert.hf_to_orbax": {"--model", "--output"},
     "convert.orbax_to_hf": {"--checkpoint", "--output", "--verify"},
     "codiemb": {"--version"},

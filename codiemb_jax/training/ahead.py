@@ -1,5 +1,6 @@
 """Traces a training step without weights, data or the devices, to compile it for a TPU slice that is not there."""
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from codiemb_jax.batch import Batch, PassageTexts, StepTask, TokenRows
 from codiemb_jax.config import Settings
 from codiemb_jax.data.duplicates import MIN_POSITIVES
 from codiemb_jax.data.layout import BatchLayout
+from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import row_sharding
 from codiemb_jax.training.optimizer import make_optimizer
@@ -18,10 +20,22 @@ from codiemb_jax.training.step import make_step, needs_texts
 
 
 def tpu_devices(topology: str) -> list[Any]:
-    """Returns the devices of a TPU slice, such as v5e:4x4, to compile for. Needs libtpu, but no TPU."""
+    """Returns the devices of a TPU slice, such as v5e:4x4, to compile for. Needs libtpu, but no TPU.
+
+    Raises:
+      UserError: If libtpu is not installed, is in use, or does not know the topology.
+    """
     from jax.experimental import topologies  # not needed otherwise
 
-    return topologies.get_topology_desc(topology, platform="tpu").devices
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError('compiling for TPUs needs libtpu; run pip install "codiemb-jax[preflight]"')
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise UserError(
+            f"cannot compile for {shorten(topology)}, which must be a TPU slice such as v5e:4x4 ({reason})"
+        ) from error
 
 
 def abstract_batch(layout: BatchLayout, passages: int, mesh: jax.sharding.Mesh, compare_texts: bool) -> Batch:

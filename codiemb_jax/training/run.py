@@ -66,7 +66,7 @@ def open_training_model(settings: Settings) -> TrainingSetup:
       UserError: If the model cannot be used, or the mesh or batch sizes are invalid.
     """
     check_objectives(settings)
-    settings = with_platform_defaults(settings)
+    settings = with_platform_defaults(settings, jax.default_backend())
     mesh = make_mesh(settings.mesh)
     check_batch_sizes(settings, row_shards(mesh))
     if settings.optimizer.offload:
@@ -190,9 +190,9 @@ def held_out_paths(settings: Settings, task: Task) -> list[Path]:
     return [*paths, *find_files(paths, f"evaluation.{task}")]
 
 
-def with_platform_defaults(settings: Settings) -> Settings:
+def with_platform_defaults(settings: Settings, platform: str) -> Settings:
     """Sets compute_dtype to float32 on a CPU, where bfloat16 is slower, unless the settings give a dtype."""
-    if jax.default_backend() != "cpu" or "compute_dtype" in settings.model.model_fields_set:
+    if platform != "cpu" or "compute_dtype" in settings.model.model_fields_set:
         return settings
     model = settings.model.model_copy(update={"compute_dtype": "float32"})
     return settings.model_copy(update={"model": model})

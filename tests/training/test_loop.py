@@ -66,9 +66,9 @@ def test_metrics_are_fetched_while_the_next_step_runs(golden, tmp_path, monkeypa
     events: list[tuple[str, int]] = []
     write = MetricsLog.write
 
-    def record_write(log: MetricsLog, plan: Any, metrics: Any) -> None:
+    def record_write(log: MetricsLog, plan: Any, *args: Any) -> None:
         events.append(("write", plan.number))
-        write(log, plan, metrics)
+        write(log, plan, *args)
 
     def record_step(step: Callable) -> Callable:
         def run_step(state: Any, number: jax.Array, batch: Any) -> Any:

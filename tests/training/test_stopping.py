@@ -1,6 +1,7 @@
 """Tests of a run that is stopped from outside, and of two runs in one folder."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,3 +75,30 @@ def test_link_in_place_of_the_lock_is_refused(settings, tmp_path):
     with pytest.raises(UserError, match=r"\.lock: is not a file; move it away"):
         run(settings, tmp_path, "--optimizer.max_steps", "2")
     assert not (tmp_path / "other").exists()
+
+
+def test_vanished_data_file_is_named_and_the_checkpoint_is_kept(settings, golden, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes((golden / "data" / "news.jsonl").read_bytes())
+    settings["data"]["ir"] = [str(data)]
+    expected = run({**settings, "output_dir": str(tmp_path / "whole")}, tmp_path)
+    run(settings, tmp_path, "--export", "false", "--optimizer.max_steps", "8")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    before = read_files(tmp_path / "run")
+    content = data.read_bytes()
+    data.unlink()
+    with pytest.raises(UserError, match=rf"data\.ir:\n  {data}: no such file or folder"):
+        run(settings, tmp_path)
+    assert read_files(tmp_path / "run") == before
+    data.write_bytes(content)
+    assert [line["loss"] for line in run(settings, tmp_path)] == [line["loss"] for line in expected]
+
+
+def test_unreadable_shard_of_the_model_is_named(settings, golden, tmp_path):
+    model = shutil.copytree(golden / "youtu_tiny", tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    settings["model"]["path"] = str(model)
+    with pytest.raises(UserError, match=rf"{weights}: invalid safetensors file"):
+        run(settings, tmp_path)
+    assert not (tmp_path / "run").exists()
