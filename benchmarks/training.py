@@ -51,12 +51,13 @@ def write_data(path: Path, model: Path, examples: int, max_tokens: int, equal: b
 def settings(options: argparse.Namespace, output: Path, packing: bool) -> dict[str, Any]:
     config = json.loads((options.model / "config.json").read_text())
     prompt = {"query": "", "passage": ""}
-    if config["model_type"] == "bert":
-        prompt |= {"begin": "[CLS]", "end": "[SEP]"}
+    is_encoder = config["model_type"] in ENCODER_TYPES
+    if is_encoder:
+        prompt["begin"], prompt["end"] = ("[CLS]", "[SEP]") if config["model_type"] == "bert" else ("<s>", "</s>")
     return {
         "output_dir": str(output),
         "model": {
-            "path": str(options.model), "attention": "bidirectional" if config["model_type"] == "bert" else "causal",
+            "path": str(options.model), "attention": "bidirectional" if is_encoder else "causal",
             "compute_dtype": options.dtype, "dropout": 0.0,
         },
         "prompt": prompt | {"include_in_pooling": True},

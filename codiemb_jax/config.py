@@ -101,8 +101,8 @@ class ModelSettings(Section):
     param_dtype: Literal["bfloat16", "float32"] = "float32"
     """dtype of the master weights and, by default, of the optimizer's moments."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass recomputes: nothing, everything except attention and products with weight matrices (dots),
-    or whole layers."""
+    """What the backward pass recomputes: nothing, everything except products with weight matrices and, with splash and
+    on CPUs, attention (dots), or whole layers."""
 
 
 class PromptSettings(Section):

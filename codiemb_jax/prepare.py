@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     files = find_data(settings)
     check_cache(cache_folder(), settings.output_dir, [path for task in TASKS for path in getattr(settings.data, task)])
     max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
-    model = open_model(settings.model, settings.prompt, cpu_mesh(), max_tokens)
+    # Nothing is computed here, so this machine need not have what the attention backend needs.
+    model_settings = settings.model.model_copy(update={"attention_backend": "auto"})
+    model = open_model(model_settings, settings.prompt, cpu_mesh(), max_tokens)
     tokenizer = PromptTokenizer(model.blueprint.tokenizer(), settings.prompt)
     datasets = prepare_data(settings, files, tokenizer, options.beam)
     print_report(datasets, dataset_names([dataset.path for dataset in datasets]))

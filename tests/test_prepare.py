@@ -50,6 +50,12 @@ def test_training_finds_prepared_data(settings, golden, tmp_path, monkeypatch, c
     run(settings, tmp_path)
 
 
+@pytest.mark.parametrize("backend", ["splash", "cudnn"])
+def test_data_is_prepared_without_the_accelerator(backend, settings, tmp_path):
+    run_prepare(settings, tmp_path, "--model.attention_backend", backend, "--model.compute_dtype", "bfloat16")
+    assert len(list((tmp_path / "cache").glob("*/index/manifest.json"))) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

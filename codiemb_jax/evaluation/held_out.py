@@ -14,6 +14,9 @@ from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Triple, dataset_names, find_files, read_records
 from codiemb_jax.training.run_folder import HeldOutMetrics
 
+QUERIES_PER_BLOCK = 256
+"""Queries that are compared with all passages at a time."""
+
 
 @dataclass(frozen=True)
 class HeldOutIR:
@@ -27,9 +30,14 @@ class HeldOutIR:
 
     def score(self, embedder: Embedder) -> tuple[str, float]:
         """Returns the mean nDCG@10. Each query ranks all passages, and relevant ones have gain 1."""
-        similarity = _unit_embeddings(embedder, self.queries) @ _unit_embeddings(embedder, self.passages).T
-        relevant = {str(i): {str(j): 1 for j in passages} for i, passages in enumerate(self.relevant)}
-        ranking = {str(i): {str(j): float(s) for j, s in enumerate(row)} for i, row in enumerate(similarity)}
+        queries, passages = (_unit_embeddings(embedder, texts) for texts in (self.queries, self.passages))
+        relevant = {str(i): {str(j): 1 for j in found} for i, found in enumerate(self.relevant)}
+        ranking = {}
+        for start in range(0, len(queries), QUERIES_PER_BLOCK):
+            for i, row in enumerate(queries[start : start + QUERIES_PER_BLOCK] @ passages.T, start):
+                # All passages that may be among the first ten, whatever breaks ties.
+                best = np.flatnonzero(row >= np.partition(row, -10)[-10]) if row.size > 10 else np.arange(row.size)
+                ranking[str(i)] = {str(j): float(row[j]) for j in best}
         scores = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10"}).evaluate(ranking)
         return "nDCG@10", float(np.mean([score["ndcg_cut_10"] for score in scores.values()]))
 

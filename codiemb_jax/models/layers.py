@@ -1,6 +1,7 @@
 """Shared parts of the decoder and the encoder: parameter initializers, dropout, and the scan over layers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,31 +27,38 @@ def zeros(**axes: int) -> nnx.Param:
     return nnx.Param(jnp.zeros(tuple(axes.values()), jnp.float32), axes=tuple(axes))
 
 
-@jax.custom_vjp
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns x @ weight, for x of [rows, tokens, inputs] and weight of [inputs, outputs] in the same dtype.
 
     The gradient of the weight is a product over all tokens. On CPUs, XLA transposes its left operand, in the same loop
     that computes it, which is slow for large operands. Therefore the smaller operand is on the left.
     """
-    return x @ weight
+    # The backward pass is traced later, when the default precision may be another.
+    return _linear(x, weight, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
 
 
-def _linear_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ weight, (x, weight)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: jax.Array, weight: jax.Array, precision: Any) -> jax.Array:
+    return jnp.matmul(x, weight, precision=precision)
 
 
-def _linear_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_forward(x: jax.Array, weight: jax.Array, precision: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _linear(x, weight, precision), (x, weight)
+
+
+def _linear_backward(
+    precision: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     over_tokens = (((0, 1), (0, 1)), ((), ()))
     if x.shape[-1] <= gradient.shape[-1]:
-        d_weight = jax.lax.dot_general(x, gradient, over_tokens)
+        d_weight = jax.lax.dot_general(x, gradient, over_tokens, precision=precision)
     else:
-        d_weight = jax.lax.dot_general(gradient, x, over_tokens).T
-    return jnp.einsum("rto,io->rti", gradient, weight), d_weight
+        d_weight = jax.lax.dot_general(gradient, x, over_tokens, precision=precision).T
+    return jnp.einsum("rto,io->rti", gradient, weight, precision=precision), d_weight
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Projection(nnx.Module):

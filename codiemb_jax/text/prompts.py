@@ -20,6 +20,16 @@ MAX_INSTANCE_CHARACTERS = 512
 """Instance instructions are truncated to this length."""
 
 
+TEXTS_PER_CALL = 1000
+"""The tokenizers library needs about 100 bytes per token of all texts of a call."""
+
+
+def split_list(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yields consecutive parts of a list for calls of the tokenizers library."""
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        yield texts[start : start + TEXTS_PER_CALL]
+
+
 class Tokens(NamedTuple):
     """A tokenized text: begin, prompt, content, end."""
 
@@ -34,7 +44,7 @@ def tokenizer_errors() -> Iterator[None]:
     """Raises `UserError` if the tokenizers library fails, which means that tokenizer.json is invalid."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
         raise UserError(f"invalid tokenizer.json: {shorten(str(error), 200)}") from error
@@ -147,12 +157,12 @@ class PromptTokenizer:
         # Special tokens never merge with other text, so the first and last tokens are exactly those of begin and end.
         num_end = len(self._end)
         if all(prompt == self._prompt.begin for prompt in prompts):
-            tokens = [(ids, len(self._begin)) for ids in self._tokenize_ids(texts)]
+            tokens = ((ids, len(self._begin)) for ids in self._tokenize_ids(texts))
         else:
-            tokens = [
+            tokens = (
                 (ids, _content_start(offsets, len(prompt)))
                 for prompt, (ids, offsets) in zip(prompts, self._tokenize(texts), strict=True)
-            ]
+            )
         for i, (ids, start) in enumerate(tokens):
             if start >= len(ids) - num_end:
                 no_tokens.append(i)
@@ -165,16 +175,19 @@ class PromptTokenizer:
             raise EmptyContentError(min_limits, no_tokens)
         return tokenized
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Returns the token ids and character offsets of each text."""
+    def _tokenize(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Yields the token ids and character offsets of each text."""
         with self._untruncated() as tokenizer:
-            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-            return [(encoding.ids, encoding.offsets) for encoding in encodings]
+            for part in split_list(texts):
+                for encoding in tokenizer.encode_batch(part, add_special_tokens=False):
+                    yield encoding.ids, encoding.offsets
 
-    def _tokenize_ids(self, texts: list[str]) -> list[list[int]]:
-        """Returns only the token ids of each text, which is one and a half times as fast."""
+    def _tokenize_ids(self, texts: list[str]) -> Iterator[list[int]]:
+        """Yields only the token ids of each text, which is one and a half times as fast."""
         with self._untruncated() as tokenizer:
-            return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            for part in split_list(texts):
+                for encoding in tokenizer.encode_batch_fast(part, add_special_tokens=False):
+                    yield encoding.ids
 
     @contextmanager
     def _untruncated(self) -> Iterator[Tokenizer]:

@@ -85,7 +85,7 @@ def padded_length(longest: int, limit: int) -> int:
 
 
 def padded_count(count: int, multiple: int = 1) -> int:
-    """Rounds a number of rows up, by less than its square root and `multiple`, so that there are few different numbers.
+    """Rounds a number of rows up, by less than its square root plus `multiple`, so there are few different numbers.
 
     Between batches, the number varies by about its square root.
     """

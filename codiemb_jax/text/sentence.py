@@ -10,7 +10,7 @@ from tokenizers.normalizers import Sequence as Normalizers
 
 from codiemb_jax.config import Flag
 from codiemb_jax.errors import UserError
-from codiemb_jax.text.prompts import Tokens, tokenizer_errors
+from codiemb_jax.text.prompts import Tokens, split_list, tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,8 +63,11 @@ class SentenceTokenizer:
                 ids = self._tokenizer.encode(prompt).ids
             prompt_tokens = len(ids) - (bool(ids) and ids[-1] in self._special)
         with tokenizer_errors():
-            encoded = self._tokenizer.encode_batch([prompt + text for text in texts])
-            tokens = [Tokens(np.array(text.ids, np.int32), prompt_tokens) for text in encoded]
+            tokens = [
+                Tokens(np.array(encoding.ids, np.int32), prompt_tokens)
+                for part in split_list(texts)
+                for encoding in self._tokenizer.encode_batch_fast([prompt + text for text in part])
+            ]
         empty = [i for i, text in enumerate(tokens) if not text.ids.size]
         if empty:
             raise UserError(f"the tokenizer produces no tokens for {len(empty)} texts, the first is text {empty[0]}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytrec_eval
 from flax import nnx
 
 from codiemb_jax.batch import TokenRows
@@ -13,7 +14,7 @@ from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import EvaluationSettings, MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
-from codiemb_jax.evaluation.held_out import evaluate, read_held_out
+from codiemb_jax.evaluation.held_out import HeldOutIR, evaluate, read_held_out
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh
@@ -112,3 +113,23 @@ def test_invalid_held_out_data_raise_user_error(text, score, message, tokenizer,
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match=message):
         read_held_out(EvaluationSettings(sts=[path]), tokenizer, LIMIT)
+
+
+@pytest.mark.parametrize("passages", [3, 10, 11, 200])
+def test_only_the_best_passages_are_ranked_with_the_same_result(passages):
+    """Many similarities are equal; trec_eval breaks ties by name."""
+    random = np.random.default_rng(passages)
+    angles = random.integers(0, 5, passages) / 5
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    queries = vectors[random.integers(0, passages, 600)]
+    relevant = [set(random.choice(passages, random.integers(1, 4), replace=False).tolist()) for _ in queries]
+
+    class Fixed:
+        def embed_tokens(self, texts):
+            return np.stack(texts)
+
+    _, found = HeldOutIR("data", list(queries), list(vectors), relevant).score(Fixed())
+    ranking = {str(i): {str(j): float(s) for j, s in enumerate(row)} for i, row in enumerate(queries @ vectors.T)}
+    judged = {str(i): {str(j): 1 for j in found} for i, found in enumerate(relevant)}
+    scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(ranking)
+    assert found == pytest.approx(np.mean([score["ndcg_cut_10"] for score in scores.values()]), abs=1e-12)
