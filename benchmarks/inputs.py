@@ -49,5 +49,6 @@ def passage_lengths(random: np.random.Generator, shape: tuple[int, ...], max_tok
 def _lengths(
     random: np.random.Generator, shape: tuple[int, ...], mean: float, sigma: float, max_tokens: int
 ) -> np.ndarray:
-    lengths = random.lognormal(np.log(mean) - sigma**2 / 2, sigma, shape)
-    return np.clip(lengths, 8, min(max_tokens, 1000)).round().astype(int)
+    from codiemb_jax.training.preflight import text_lengths  # imports JAX
+
+    return text_lengths(random, shape, mean, sigma, min(max_tokens, 1000))

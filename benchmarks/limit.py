@@ -7,10 +7,6 @@ from typing import Any
 
 import numpy as np
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Peak rate of dense bfloat16 products of GPUs, by a part of their name, for MFU."""
-
-
 ENCODER_TYPES = ("bert", "xlm-roberta")
 """Model types whose attention is bidirectional in transformers."""
 
@@ -70,5 +66,6 @@ def peak_flops() -> float | None:
     """Returns the peak rate of the GPU, or None if it is unknown or there is none."""
     import jax
 
-    kind = jax.devices()[0].device_kind
-    return next((rate for name, rate in PEAK_FLOPS.items() if name in kind), None)
+    from codiemb_jax.training.chips import chip_of
+
+    return chip_of(jax.devices()[0]).flops

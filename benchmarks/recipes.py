@@ -11,7 +11,6 @@ Traffic is what each device exchanges with others per step; it is exposed if the
 import argparse
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from codiemb_jax.models.build import abstract_model
 from codiemb_jax.sharding import make_mesh
 from codiemb_jax.training.ahead import tpu_devices, trace_step
 from codiemb_jax.training.collectives import count_collective_bytes
+from codiemb_jax.training.estimate import needed_memory
 from codiemb_jax.training.flops import count_flops
 from codiemb_jax.training.run import batch_layout
 
@@ -111,8 +111,8 @@ def measure(case: Case) -> dict[str, Any]:
     try:
         compiled = step.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
-        return result | {"error": f"{used[1]}B of {used[2]}B" if used else str(error).splitlines()[0][:60]}
+        needed = needed_memory(str(error))
+        return result | {"error": f"needs {needed / GB:.1f} GB" if needed else str(error).splitlines()[0][:60]}
     memory = compiled.memory_analysis()
     collectives = count_collective_bytes(compiled.as_text())
     return result | {

@@ -28,7 +28,7 @@ from codiemb_jax.program import exit_code
 CONNECT_SECONDS = 300
 """How long to wait for other processes when a run starts."""
 HEARTBEAT_SECONDS = 60
-"""After so long without a sign of life, a process is considered dead, and JAX ends all others."""
+"""After so long without a heartbeat, a process is considered dead, and JAX ends all others."""
 LEAVE_SECONDS = 10
 """How long the first process, which connects all others, waits for them to stop after a failure."""
 MAX_TURN_SECONDS = 7 * 24 * 3600
@@ -62,9 +62,9 @@ def connected(settings: DistributedSettings) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             # Most likely a consequence of another process's failure or death, which is the better explanation.
-            _print(me, f"lost another process; the reason follows within {HEARTBEAT_SECONDS} seconds")
+            _print(me, f"lost another process; JAX says which one within {HEARTBEAT_SECONDS} seconds")
             time.sleep(HEARTBEAT_SECONDS + LEAVE_SECONDS)
         _publish_failure(me, error)
         if me == 0:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*?\{\n(.*?)^\}$", re.MULTILINE | re.DOTALL)
+COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*?\{\n(.*?)^\}(?:, .*?)?$", re.MULTILINE | re.DOTALL)
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$", re.MULTILINE)
 ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 CALLED = re.compile(r"(?:body|calls|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")

@@ -43,9 +43,9 @@ class StepEstimate:
     """What a step needs on each device."""
 
     needed: float
-    """Bytes of memory, an upper bound if it fits."""
+    """Bytes of memory: on TPUs the compiler's peak, elsewhere the sum of arguments, results and temporaries."""
     temporaries: float | None
-    """Bytes of `needed` that are used only during the step; None if it does not fit."""
+    """Bytes of all buffers that exist only during the step; None if it does not fit."""
     fits: bool
     flops: float
     """Operations of all matrix products, with padding and with what is computed again."""
@@ -73,9 +73,14 @@ def state_bytes(settings: Settings, params: Params) -> tuple[int, int]:
     return sizes[False], sizes[True]
 
 
+def device_flops(step: jax.stages.Traced, mesh: jax.sharding.Mesh) -> float:
+    """Returns the operations of a traced step on each device of a mesh."""
+    return count_flops(step.jaxpr) / mesh.size
+
+
 def estimate_step(step: jax.stages.Traced, mesh: jax.sharding.Mesh, chip: Chip) -> StepEstimate:
     """Compiles a traced step for the devices of a mesh."""
-    flops = count_flops(step.jaxpr) / mesh.size
+    flops = device_flops(step, mesh)
     try:
         compiled = step.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -84,24 +89,19 @@ def estimate_step(step: jax.stages.Traced, mesh: jax.sharding.Mesh, chip: Chip) 
             raise
         return StepEstimate(needed, None, False, flops, None, None, None)
     memory = compiled.memory_analysis()
-    needed = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.peak_memory_in_bytes if is_tpu else arguments + results + memory.temp_size_in_bytes
     collectives = count_collective_bytes(compiled.as_text())
     seconds = None
     if chip.flops and chip.memory_bandwidth and chip.link_bandwidth:
         # Every step reads and writes at least the whole state.
         transferred = memory.argument_size_in_bytes + memory.output_size_in_bytes
         seconds = max(flops / chip.flops, transferred / chip.memory_bandwidth, collectives.total / chip.link_bandwidth)
-    # The compiler for TPUs refuses what does not fit. It can reuse memory that its own analysis counts twice.
-    is_tpu = mesh.devices.flat[0].platform == "tpu"
     return StepEstimate(
-        min(needed, chip.memory) if is_tpu and chip.memory else needed,
+        needed,
         memory.temp_size_in_bytes,
-        is_tpu or chip.memory is None or needed <= chip.memory,
+        is_tpu or chip.memory is None or needed <= chip.memory,  # the compiler for TPUs refuses what does not fit
         flops,
         collectives.total,
         collectives.exposed,

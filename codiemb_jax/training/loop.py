@@ -119,7 +119,7 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
         log: MetricsLog | None = None
         if is_first_process():
             log = stack.enter_context(MetricsLog(folder.metrics, folder.tensorboard, run.names, done, run.steps))
-        non_finite = NonFiniteSteps(settings, run.names, first_value(count_skipped(folder.metrics)))
+        non_finite = NonFiniteSteps(settings, run.names, first_value(count_skipped(folder.metrics) if log else 0))
         is_preempted = stack.enter_context(preemption())
         pending: tuple[StepPlan, Metrics] | None = None  # the metrics of a step are fetched while the next one runs
 

@@ -21,7 +21,7 @@ from codiemb_jax.models.build import Params, abstract_model
 from codiemb_jax.sharding import make_mesh, row_shards
 from codiemb_jax.training.ahead import trace_step
 from codiemb_jax.training.chips import Chip, chip_of
-from codiemb_jax.training.estimate import Shapes, StepEstimate, estimate_step, state_bytes
+from codiemb_jax.training.estimate import Shapes, StepEstimate, device_flops, estimate_step, state_bytes
 from codiemb_jax.training.run import batch_layout, check_batch_sizes, check_objectives, with_platform_defaults
 
 SHAPES = Path(__file__).parent.parent / "shapes"
@@ -93,8 +93,8 @@ class Preflight:
         steps: dict[StepTask, StepEstimate] = {}
         for task in step_tasks(settings):
             step, shapes[task] = self.trace(settings, task)
-            if self._chip.memory is not None and on_device > self._chip.memory:
-                steps[task] = StepEstimate(on_device, None, False, 0.0, None, None, None)  # no need to compile
+            if self._chip.memory is not None and on_device > self._chip.memory:  # no need to compile
+                steps[task] = StepEstimate(on_device, None, False, device_flops(step, mesh), None, None, None)
             else:
                 steps[task] = estimate_step(step, mesh, self._chip)
         return Report(

@@ -36,7 +36,7 @@ HloModule step, is_scheduled=true
 %fused (block.1: bf16[4,8]) -> bf16[4,8] {
   %block.1 = bf16[4,8]{1,0} parameter(0)
   ROOT %negate = bf16[4,8]{1,0} negate(%block.1)
-}
+}, execution_thread="sparsecore"
 
 ENTRY %main (weight: bf16[4,8], gradient: f32[16], second: f32[2,8]) -> bf16[4,8] {
   %weight = bf16[4,8]{1,0} parameter(0)
