@@ -3,10 +3,10 @@
     pip install -e ".[test,benchmark]" && python benchmarks/encoding.py --work models/benchmark
 
 Texts have lengths like those of news stories, 250 tokens on average and 1,000 at most, cut to --max-tokens; with
---equal, all have --max-tokens. Both encode with their defaults, each in its own process, and they take turns. Each
+--equal, all have --max-tokens. Both encode with their defaults, each in its own process, and they alternate. Each
 process encodes all texts twice, so that compilation is not counted. Reports texts and tokens per second, the spread
 over rounds, and the largest difference between the embeddings. "of limit" is the rate of the operations that the texts
-need, as a share of the rate of bare matrix products of the model's shapes, measured in each round.
+need, as a share of the rate of plain matrix multiplications of the model's shapes, measured in each round.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from inputs import passage_lengths, random_texts, write_model
-from limit import ENCODER_TYPES, matrix_product_rate, needed_flops, peak_flops
+from limit import ENCODER_TYPES, jax_rate, needed_flops, peak_flops
 from rich.console import Console
 from rich.table import Table
 
@@ -111,7 +111,7 @@ def main() -> None:
             subprocess.run(command, check=True)
             seconds[name].append(json.loads(output.read_text())[-1])
             embeddings[name] = np.load(options.work / "embeddings.npy")
-        rates.append(matrix_product_rate(options.model, min(int(lengths.sum()), 8192), options.dtype))
+        rates.append(jax_rate(options.model, min(int(lengths.sum()), 8192), options.dtype))
     difference = float(np.abs(embeddings["codiemb_jax"] - embeddings["sentence-transformers"]).max())
     table = Table("encoder", "texts/s", "tokens/s", "rounds (texts/s)", "ratio", "of limit", "MFU")
     results = {}

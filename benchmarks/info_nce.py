@@ -9,7 +9,7 @@ Memory: temporary buffers per chip, compiled for eight chips of a TPU v5e. Needs
 Linux, but no TPU.
 
 Time: seconds per loss and gradient on the CPU, as one device and as eight simulated devices, which share its cores, for
-growing pools. The forms take turns, and the median is reported.
+growing pools. The forms alternate, and the median is reported.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def main() -> None:
             table.add_row(form, f"{size / 1e6:,.0f}")
         console.print(table)
     else:
-        console.print(f"skipped {title}: libtpu is not installed; pip install libtpu")
+        console.print(f"skipped {title}: libtpu is not installed; pip install -e '.[preflight]'", markup=False)
     table = Table("devices", "queries", "scores per device (MB)", *(f"{form} (s)" for form in FORMS), title="CPU")
     for devices in (1, 8):
         for queries in CPU_QUERIES:

@@ -1,7 +1,9 @@
-"""The physical limit of a model's speed: the operations that its texts need, at the rate of bare matrix products."""
+"""The physical limit of a model: the operations that its texts need, at the rate of plain matrix multiplications."""
 
 import json
+import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def weight_shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
 def needed_flops(config: dict[str, Any], lengths: np.ndarray, *, causal: bool, training: bool) -> float:
     """Returns the operations of the matrix products that texts of the given lengths need, without padding.
 
-    The backward pass needs twice the operations of the forward pass; nothing is computed again.
+    The backward pass needs twice the operations of the forward pass; nothing is recomputed.
     """
     heads = config["num_attention_heads"]
     attention_size = heads * (config.get("head_dim") or config["hidden_size"] // heads)
@@ -32,34 +34,80 @@ def needed_flops(config: dict[str, Any], lengths: np.ndarray, *, causal: bool, t
     return config["num_hidden_layers"] * (weights + 4 * attention_size * pairs) * (3 if training else 1)
 
 
-def matrix_product_rate(model: Path, tokens: int, dtype: str, repeats: int = 7) -> float:
+PRODUCTS: list[Callable[..., Any]] = [lambda x, w, g: x @ w, lambda x, w, g: g @ w.T, lambda x, w, g: x.T @ g]
+"""The products of inputs, weights and gradients of outputs, forward and backward."""
+
+
+def jax_rate(model: Path, tokens: int, dtype: str) -> float:
+    """Measures the rate of JAX, see `matrix_product_rate`."""
+    import jax
+    import jax.numpy as jnp
+
+    products = [jax.jit(product) for product in PRODUCTS]
+
+    def run(number: int, arrays: list[Any]) -> None:
+        products[number](*arrays).block_until_ready()
+
+    return matrix_product_rate(model, tokens, lambda array: jnp.asarray(array, jnp.dtype(dtype)), run)
+
+
+def torch_rate(model: Path, tokens: int, dtype: str) -> float:
+    """Measures the rate of PyTorch, see `matrix_product_rate`."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def run(number: int, arrays: list[Any]) -> None:
+        PRODUCTS[number](*arrays)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    with torch.inference_mode():
+        return matrix_product_rate(
+            model, tokens, lambda array: torch.from_numpy(array).to(device, getattr(torch, dtype)), run
+        )
+
+
+def matrix_product_rate(
+    model: Path,
+    tokens: int,
+    convert: Callable[[np.ndarray], Any],
+    run: Callable[[int, list[Any]], None],
+    repeats: int = 7,
+) -> float:
     """Measures the rate of the products with the weights of a layer, forward and backward, in FLOP/s.
 
     Args:
       model: A Hugging Face folder.
       tokens: Number of tokens per product.
-      dtype: The dtype of the products.
+      convert: Makes an array of the library from a float32 one.
+      run: Computes one of PRODUCTS, by its index, and waits for it.
       repeats: Number of repetitions, whose median counts.
     """
-    import jax
-    import jax.numpy as jnp
-
-    products = [jax.jit(lambda x, w, g: x @ w), jax.jit(lambda x, w, g: g @ w.T), jax.jit(lambda x, w, g: x.T @ g)]
+    random = np.random.default_rng(0)
     flops, seconds = 0.0, 0.0
     for inputs, outputs in weight_shapes(json.loads((model / "config.json").read_text())):
-        keys = jax.random.split(jax.random.key(0), 3)
         shapes = ((tokens, inputs), (inputs, outputs), (tokens, outputs))
-        arrays = [jax.random.normal(key, shape, jnp.dtype(dtype)) for key, shape in zip(keys, shapes, strict=True)]
-        for product in products:
-            product(*arrays).block_until_ready()
+        arrays = [convert(random.standard_normal(shape, np.float32)) for shape in shapes]
+        for number in range(len(PRODUCTS)):
+            run(number, arrays)
             times = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                product(*arrays).block_until_ready()
+                run(number, arrays)
                 times.append(time.perf_counter() - start)
             flops += 2 * tokens * inputs * outputs
             seconds += float(np.median(times))
     return flops / seconds
+
+
+def processor() -> str:
+    """Returns the name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def peak_flops() -> float | None:

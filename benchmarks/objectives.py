@@ -2,8 +2,8 @@
 
     python benchmarks/objectives.py
 
-The model's part is the operations that the texts of the batch need, forward and backward, at the rate of bare matrix
-products measured in the same process: no step is faster. Texts of pairs and queries have 40 tokens, passages 250.
+The model's part is the operations that the texts of the batch need, forward and backward, at the rate of plain matrix
+multiplications in the same process: no step is faster. Texts of pairs and queries have 40 tokens, passages 250.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from limit import matrix_product_rate, needed_flops
+from limit import jax_rate, needed_flops
 from rich.console import Console
 from rich.table import Table
 
@@ -84,7 +84,7 @@ def main() -> None:
     for name, config in models.items():
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
-            rates[name] = matrix_product_rate(Path(folder), 4096, "float32", repeats=3)
+            rates[name] = jax_rate(Path(folder), 4096, "float32")
     cases: list[tuple[Task, str, int, int, int | None]] = [
         ("sts", "codi", 256, 2048, 32),
         ("sts", "codi", 256, 2048, None),

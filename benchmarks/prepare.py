@@ -5,7 +5,7 @@
 Compares `prepare` with one and with several processes to a plain loop that writes the same examples, but calls the
 Hugging Face tokenizer once per text; a second loop only calls the tokenizer. An example is a query, a passage that
 answers it and four hard negatives, with lengths like those of news stories: about 30 tokens per query, and passages of
-150 on average. Each measurement runs in a process of its own, and they take turns; the median of the rounds is
+150 on average. Each measurement runs in a process of its own, and they alternate; the median of the rounds is
 reported. Start-up of Python and imports is not counted, that of worker processes is. Examples per second of processor
 time are reported as well, because other programs on the machine affect them less.
 """

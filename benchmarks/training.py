@@ -4,13 +4,13 @@
 
 The trainers are this project with packing and with padding, sentence-transformers (MultipleNegativesRankingLoss), and a
 plain loop around a transformers model (batches padded to their longest text, AdamW). Each runs in its own process, and
-they take turns. An example is a query, a passage that answers it and a hard negative, with lengths like those of news
+they alternate. An example is a query, a passage that answers it and a hard negative, with lengths like those of news
 stories: about 40 tokens per query, and passages of 250 on average and 1,000 at most. --equal makes all texts equally
 long. All use the GPU if there is one; there, --dtype bfloat16 is mixed precision with float32 weights.
 
 Reports tokens per second without padding: the median over the steps, and the spread over rounds. The first two steps,
 and those that compile, are not counted. "of limit" is the rate of the operations that the texts need, without padding
-or anything computed again, as a share of the rate of bare matrix products of the model's shapes, measured in each
+or recomputation, as a share of the rate of plain matrix multiplications of the model's shapes, measured in each
 round. On a known GPU, MFU is the same as a share of its peak.
 """
 
@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 from inputs import passage_lengths, query_lengths, random_texts, write_model
-from limit import ENCODER_TYPES, matrix_product_rate, needed_flops, peak_flops
+from limit import ENCODER_TYPES, jax_rate, needed_flops, peak_flops, processor, torch_rate
 from rich.console import Console
 from rich.table import Table
 
 TEMPERATURE, LEARNING_RATE = 0.02, 1e-5
-LIMIT = "limit"
-"""Measured like a trainer, in a process of its own."""
+LIMIT, TORCH_LIMIT = "limit", "PyTorch's limit"
+"""Measured like trainers, in processes of their own."""
 WARMUP_STEPS = 2
 """The first steps fill caches, and are not counted."""
 
@@ -218,7 +218,7 @@ def run_limit(options: argparse.Namespace) -> dict[str, Any]:
     steps = [np.array([len(text) for part in texts for text in part]) for _, texts in batches(options)]
     tokens = int(np.median([lengths.sum() for lengths in steps]))
     return {
-        "rate": matrix_product_rate(options.model, tokens, options.dtype),
+        "rate": jax_rate(options.model, tokens, options.dtype),
         "flops_per_token": float(
             np.median([
                 needed_flops(config, lengths, causal=causal, training=True) / lengths.sum() for lengths in steps
@@ -228,12 +228,19 @@ def run_limit(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run_torch_limit(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures the same matrix products with PyTorch."""
+    tokens = int(np.median([sum(len(text) for part in texts for text in part) for _, texts in batches(options)]))
+    return {"rate": torch_rate(options.model, tokens, options.dtype)}
+
+
 TRAINERS = {
     "codiemb_jax, packed": lambda options: run_codiemb_jax(options, packing=True),
     "codiemb_jax, padded": lambda options: run_codiemb_jax(options, packing=False),
     "transformers": run_transformers,
     "sentence-transformers": run_sentence_transformers,
     LIMIT: run_limit,
+    TORCH_LIMIT: run_torch_limit,
 }
 
 
@@ -302,7 +309,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in TRAINERS:
             rounds[name].append(measure(options, name))
-    limits = rounds.pop(LIMIT)
+    limits, torch_limits = rounds.pop(LIMIT), rounds.pop(TORCH_LIMIT)
     limit = {name: float(np.median([limit[name] for limit in limits])) for name in ("rate", "flops_per_token")}
     peak = limits[0]["peak"]
     results = {name: summarize(name, results) for name, results in rounds.items()}
@@ -319,10 +326,12 @@ def main() -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    rates = [round_["rate"] / 1e9 for round_ in limits]
-    console.print(f"matrix products: {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s")
+    for library, measured in (("JAX", limits), ("PyTorch", torch_limits)):
+        rates = [round_["rate"] / 1e9 for round_ in measured]
+        console.print(f"matrix products with {library}: {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s")
+    console.print(f"CPU: {processor()}")
     if options.json:
-        content = {"results": results, "limit": limit, "rounds": rounds, "limits": limits}
+        content = {"results": results, "limit": limit, "rounds": rounds, "limits": limits, "torch_limits": torch_limits}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

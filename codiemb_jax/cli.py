@@ -11,6 +11,9 @@ PROGRAMS = {
     "train": ("codiemb_jax.train", "fine-tune a model, or continue a run that was stopped"),
     "prepare": ("codiemb_jax.prepare", "tokenize the data of a configuration ahead of time"),
     "preflight": ("codiemb_jax.preflight", "tell whether a configuration fits on some devices"),
+    "evaluate": ("codiemb_jax.evaluate", "evaluate a model on held-out data"),
+    "encode": ("codiemb_jax.encode", "encode the texts of a file"),
+    "mine": ("codiemb_jax.mine", "mine hard negatives for retrieval data"),
     "hf-to-orbax": ("convert.hf_to_orbax", "convert a Hugging Face folder to an Orbax checkpoint"),
     "orbax-to-hf": ("convert.orbax_to_hf", "export an Orbax checkpoint as a Hugging Face folder"),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from codiemb_jax.data.store import cache_folder
+from codiemb_jax.cache import cache_folder
 
 ROOT = 0
 """User id of the administrator, who can change everything in any case."""

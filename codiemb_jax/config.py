@@ -3,10 +3,20 @@
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
 
 from codiemb_jax.batch import Task
 from codiemb_jax.files import local_path
+from codiemb_jax.remote import Location, is_remote, remote_path
 
 MAX_INT = 2**31 - 1
 """Step numbers, sizes and token ids are int32."""
@@ -36,17 +46,18 @@ PACKAGE_SCHEME = "package://"
 """Prefix of paths to files that are installed with this package, such as the quickstart data."""
 
 
-def _parse_path(value: Any) -> Path:
-    if isinstance(value, Path):
+def _parse_path(value: Any) -> Location:
+    if isinstance(value, Location):
         return value
     if not isinstance(value, str) or not value:
         raise ValueError("a path must be a non-empty string")
     if value.startswith(PACKAGE_SCHEME):
         raise ValueError(f"{PACKAGE_SCHEME} is only for input files that are included in the package")
-    return local_path(_check_unicode(value))
+    _check_unicode(value)
+    return remote_path(value) if is_remote(value) else local_path(value)
 
 
-def _parse_input_path(value: Any) -> Path:
+def _parse_input_path(value: Any) -> Location:
     if isinstance(value, str) and value.startswith(PACKAGE_SCHEME):
         inner = PurePosixPath(_check_unicode(value).removeprefix(PACKAGE_SCHEME))
         if inner.is_absolute() or ".." in inner.parts:
@@ -58,7 +69,7 @@ def _parse_input_path(value: Any) -> Path:
 def _as_list(value: Any) -> Any:
     if value is None:
         raise ValueError("expected a list of paths; use [] for none")
-    return [value] if isinstance(value, str | Path) else value
+    return [value] if isinstance(value, str | Location) else value
 
 
 # Strict, because pydantic would convert True to 1 and strings to numbers.
@@ -67,8 +78,8 @@ NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False
 PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(_check_float32)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), AfterValidator(_check_float32)]
 Flag = Annotated[bool, Field(strict=True)]
-OutputPath = Annotated[Path, BeforeValidator(_parse_path)]
-InputPath = Annotated[Path, BeforeValidator(_parse_input_path)]
+OutputPath = Annotated[Location, PlainValidator(_parse_path), PlainSerializer(str)]
+InputPath = Annotated[Location, PlainValidator(_parse_input_path), PlainSerializer(str)]
 Paths = Annotated[list[InputPath], BeforeValidator(_as_list)]
 PromptText = Annotated[str, Field(strict=True, max_length=10_000), BeforeValidator(_check_unicode)]
 """Longer prompts are mistakes, and would be tokenized with every example."""
@@ -80,7 +91,7 @@ class Section(BaseModel):
 
 class ModelSettings(Section):
     path: Annotated[str, BeforeValidator(lambda path: str(_parse_input_path(path)))]
-    """Hugging Face folder, checkpoint or run folder of this project, or hub id."""
+    """Hugging Face folder, checkpoint or run folder of this project, local or at a gs:// address; or hub id."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token attends to its whole text or only to itself and the tokens before it."""
     attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
@@ -128,7 +139,8 @@ class PromptSettings(Section):
 
 class DataSettings(Section):
     ir: Paths = []
-    """Retrieval data: .json or .jsonl files, or folders of such files. Each file is one dataset."""
+    """Retrieval data: .json or .jsonl files, or folders of such files, local or at gs:// addresses. Each file is one
+    dataset."""
     sts: Paths = []
     """Similarity data, in the same form."""
     sampler: Literal["dynamic", "single", "mixed"] = "dynamic"
@@ -279,6 +291,8 @@ class DistributedSettings(Section):
         given = (self.coordinator, self.num_processes, self.process_id)
         if None in given and given not in ((None, None, None), (None, 1, None)):
             raise ValueError("give coordinator, num_processes and process_id together, or num_processes: 1 alone")
+        if self.coordinator is not None and not 0 < int(self.coordinator.rpartition(":")[2]) < 2**16:
+            raise ValueError(f"coordinator {self.coordinator}: the port must be between 1 and 65535")
         if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
             raise ValueError(f"process_id {self.process_id} must be less than num_processes {self.num_processes}")
         return self
@@ -286,16 +300,19 @@ class DistributedSettings(Section):
 
 class EvaluationSettings(Section):
     ir: Paths = []
-    """Held-out retrieval data, in the format of data.ir, scored by nDCG@10 over all passages of a file."""
+    """Held-out retrieval data, in the format of data.ir, with nDCG@10, MRR@10, recall and MAP over all passages of a
+    file."""
     sts: Paths = []
-    """Held-out similarity data, in the format of data.sts, scored by Spearman correlation."""
+    """Held-out similarity data, in the format of data.sts, with Spearman and Pearson correlation."""
+    beir: Paths = []
+    """Folders in the format of BEIR, with the metrics of held-out retrieval data."""
 
 
 class TaskSpec(NamedTuple):
     """The settings of one task, and the names of those settings for error messages."""
 
     name: Task
-    paths: list[Path]
+    paths: list[Location]
     global_batch_size: int
     group_size: int | None
     """Number of consecutive examples that are compared with each other; None means the whole batch."""
@@ -308,7 +325,8 @@ class Settings(Section):
     """All settings of a run."""
 
     output_dir: OutputPath
-    """Folder for all output of the run. It must be new, empty, or the folder of the same run."""
+    """Folder for all output of the run, local or at a gs:// address. It must be new, empty, or the folder of the same
+    run."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 49
     """Random seed of the data order, the drawn passages, dropout and the initial projection."""
     model: ModelSettings

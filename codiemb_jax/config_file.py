@@ -52,7 +52,7 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
       UserError: If settings are invalid. Names the file, line and setting of every problem.
     """
     flag_texts = vars(parse_flags(flags))
-    values, node = _read(path)
+    values, node = read_values(path)
     problems = [
         f"--{name}: given {len(texts)} times" for name, texts in flag_texts.items() if _is_repeated(name, texts)
     ]
@@ -169,8 +169,12 @@ def _parse_yaml(text: str) -> Any:
         return text
 
 
-def _read(path: Path) -> tuple[dict[str, Any], yaml.Node]:
-    """Reads the values of a file, and its YAML nodes with line numbers."""
+def read_values(path: Path) -> tuple[dict[str, Any], yaml.Node]:
+    """Reads the values of a settings file, which are not checked, and its YAML nodes with line numbers.
+
+    Raises:
+      UserError: If it cannot be read, or is not valid YAML.
+    """
     if path.exists() and not path.is_file():  # reading a named pipe would block
         raise UserError(f"{path}: is not a file")
     try:

@@ -2,19 +2,19 @@
 
 import types
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
 
 from codiemb_jax.config import MAX_INT
+from codiemb_jax.remote import Location
 
 NAMES = {
     str: "string",
     int: "integer",
     float: "number",
-    Path: "path",
+    Location: "path",
     bool: "`true` or `false`",
     type(None): "`null`",
 }
@@ -34,6 +34,8 @@ def describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Literal:
         *most, last = [f"`{to_yaml(value)}`" for value in arguments]
         return f"{', '.join(most)} or {last}" if most else last
+    if annotation == Location:
+        return NAMES[annotation]
     if origin in (Union, types.UnionType):
         return ", or ".join(describe_type(part, metadata) for part in arguments)
     if origin is list:

@@ -54,6 +54,9 @@ def connected(settings: DistributedSettings) -> Iterator[None]:
       UserError: If the processes cannot be connected.
     """
     if not _connect(settings):
+        # JAX has replaced the handler of SIGTERM if it has found a cluster of a single process.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         yield
         return
     me = jax.process_index()
@@ -78,36 +81,64 @@ def _connect(settings: DistributedSettings) -> bool:
     if settings.num_processes == 1:
         return False
     limits: dict[str, Any] = {
-        "initialization_timeout": CONNECT_SECONDS,
+        "initialization_timeout": 2 * CONNECT_SECONDS,
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
         "shutdown_timeout_seconds": CONNECT_SECONDS,
     }
     try:
         if settings.coordinator is None:
             try:
-                jax.distributed.initialize(**limits)
+                with _bounded_wait(CONNECT_SECONDS):
+                    jax.distributed.initialize(**limits)
             except (ValueError, RuntimeError) as error:
                 # Nothing found, or called from a Python program that has used JAX before.
                 if any(text in str(error) for text in ("coordinator_address should be", "must be called before")):
                     return False
                 raise
         else:
+            started = time.monotonic()
             if settings.process_id:
                 _wait_for_coordinator(settings.coordinator)
-            jax.distributed.initialize(
-                settings.coordinator,
-                settings.num_processes,
-                settings.process_id,
-                cluster_detection_method="deactivate",
-                **limits,
-            )
+            with _bounded_wait(CONNECT_SECONDS - (time.monotonic() - started)):
+                jax.distributed.initialize(
+                    settings.coordinator,
+                    settings.num_processes,
+                    settings.process_id,
+                    cluster_detection_method="deactivate",
+                    **limits,
+                )
     except (ValueError, RuntimeError, OSError) as error:
         reason = shorten(" ".join(str(error).split()), 300)
         raise UserError(
-            f"distributed: the processes cannot be connected ({reason}); set distributed.coordinator, num_processes "
-            "and process_id, or set distributed.num_processes to 1 to run alone"
+            f"distributed: the processes cannot be connected ({reason}); check distributed.coordinator (process 0 "
+            "needs its port, which may be in use), num_processes and process_id, or set num_processes to 1 to run alone"
         ) from error
     return jax.process_count() > 1
+
+
+@contextmanager
+def _bounded_wait(seconds: float) -> Iterator[None]:
+    """Ends this process if the others have not connected in this block after some seconds.
+
+    JAX has a limit of its own, but ends the process with a native stack trace.
+    """
+
+    def give_up() -> None:
+        print(
+            f"error: distributed: other processes are missing after {CONNECT_SECONDS} seconds; start all of them at "
+            "about the same time, with the same num_processes and each with its own process_id",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(max(seconds, 1), give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _wait_for_coordinator(address: str) -> None:
@@ -118,7 +149,7 @@ def _wait_for_coordinator(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + CONNECT_SECONDS
-    while True:
+    for attempt in count():
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
                 return
@@ -128,6 +159,8 @@ def _wait_for_coordinator(address: str) -> None:
                     f"distributed.coordinator: nothing answers at {address} ({error}); start process 0 there, and "
                     "check that the other machines can reach the port"
                 ) from error
+            if attempt == 0:
+                print(f"waiting for process 0 at {address} ({error})", file=sys.stderr, flush=True)
         time.sleep(0.5)
 
 

@@ -40,6 +40,11 @@ class TextTokenizer(Protocol):
     @property
     def default_prompt_name(self) -> str | None: ...
 
+    @property
+    def takes_instructions(self) -> bool: ...
+
+    def query_prompt(self, instruction: str) -> str: ...
+
     def tokenize(self, texts: Sequence[str], prompt: str, max_tokens: int) -> list[Tokens]: ...
 
 
@@ -151,7 +156,7 @@ class Embedder:
           prompt: See `encode`.
           batch_size: See `encode`.
           show_progress_bar: See `encode`.
-          instruction: Task instruction to insert into the query prompt. Only for checkpoints.
+          instruction: Task instruction to insert into the query prompt. Only for checkpoints and exports.
 
         Returns:
           Embeddings, float32 [texts, dim], or [dim] for a single text.
@@ -162,11 +167,9 @@ class Embedder:
         if instruction is not None:
             if prompt is not None or prompt_name is not None:
                 raise UserError("give an instruction or a prompt, not both")
-            if not isinstance(self._tokenizer, PromptTokenizer):
-                raise UserError("this model's prompts have no placeholder for an instruction; give the whole prompt")
-            prompt = self._tokenizer.query_prompt(instruction)
-        if prompt is None and prompt_name is None and "query" in self.prompts:
-            prompt_name = "query"
+            prompt = self.prompt("query", instruction)
+        if prompt is None and prompt_name is None:
+            prompt = self.prompt("query")
         return self.encode(inputs, prompt_name, prompt, batch_size, show_progress_bar)
 
     def encode_document(
@@ -193,8 +196,22 @@ class Embedder:
           UserError: See `encode`.
         """
         if prompt is None and prompt_name is None:
-            prompt_name = next((name for name in ("document", "passage", "corpus") if name in self.prompts), None)
+            prompt = self.prompt("document")
         return self.encode(inputs, prompt_name, prompt, batch_size, show_progress_bar)
+
+    def prompt(self, kind: Literal["query", "document"], instruction: str | None = None) -> str:
+        """Returns the prompt of queries or documents.
+
+        Args:
+          kind: What the texts are.
+          instruction: Task instruction to insert into the query prompt. Only for checkpoints and exports.
+
+        Raises:
+          UserError: If the model's prompts take no instruction.
+        """
+        if instruction is not None:
+            return self._tokenizer.query_prompt(instruction)
+        return default_prompt(self._tokenizer, kind)
 
     def encode(
         self,
@@ -282,13 +299,41 @@ class Embedder:
     def similarity(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
         """Returns the cosine similarities of all pairs of embeddings, float32 [embeddings1, embeddings2]."""
         arrays = [np.atleast_2d(embeddings) for embeddings in (embeddings1, embeddings2)]
-        first, second = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in arrays)
+        first, second = map(unit_vectors, arrays)
         return first @ second.T
 
 
 def _fetch(vectors: np.ndarray, texts: np.ndarray, slots: np.ndarray, embeddings: jax.Array) -> None:
     """Copies the embeddings of a batch to those of the whole list."""
     vectors[texts] = np.asarray(embeddings)[slots]
+
+
+def unit_vectors(vectors: np.ndarray) -> np.ndarray:
+    """Returns vectors, [vectors, dim], divided by their lengths; zeros stay zeros."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def count_truncated(
+    tokenizer: TextTokenizer, texts: Sequence[str], tokens: Sequence[Tokens], prompt: str, max_tokens: int
+) -> int:
+    """Returns how many texts have more than `max_tokens` tokens, given those that are left of each."""
+    full = [text for text, found in zip(texts, tokens, strict=True) if found.ids.size == max_tokens]
+    if not full:
+        return 0
+    return sum(found.ids.size > max_tokens for found in tokenizer.tokenize(full, prompt, max_tokens + 1))
+
+
+def default_prompt(tokenizer: TextTokenizer, kind: Literal["query", "document"]) -> str:
+    """Returns the prompt of queries or documents, without an instruction other than the model's default.
+
+    Raises:
+      UserError: If the default prompt does not exist.
+    """
+    names = ("query",) if kind == "query" else ("document", "passage", "corpus")
+    name = next((name for name in names if name in tokenizer.prompts), tokenizer.default_prompt_name)
+    if name is not None and name not in tokenizer.prompts:
+        raise UserError(f"unknown prompt {name!r}; available prompts: {', '.join(tokenizer.prompts)}")
+    return "" if name is None else tokenizer.prompts[name]
 
 
 def make_tokenizer(blueprint: Blueprint) -> PromptTokenizer | SentenceTokenizer:

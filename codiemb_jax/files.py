@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ def local_path(text: str) -> Path:
       ValueError: If it is the address of a remote file, or there is no home directory.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise ValueError("remote paths are not supported; give a local path")
+        raise ValueError("this address is not supported; give a local path, or in the settings a gs:// address")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -77,6 +78,27 @@ def is_bare_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
+def check_new_file(path: Path, *endings: str) -> None:
+    """Checks that the file of the flag --output can be created.
+
+    Args:
+      path: The file.
+      *endings: The endings of its name that are allowed.
+
+    Raises:
+      UserError: If it exists, its folder does not, or its name ends otherwise.
+    """
+    if path.suffix not in endings:
+        raise UserError(f"--output {path}: expected a name that ends in {' or '.join(endings)}")
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"--output {path}: there is no folder {path.parent}; create it first")
+        if path.exists() or path.is_symlink():
+            raise UserError(f"--output {path}: already exists; give a new file")
+    except OSError as error:
+        raise UserError(f"--output {shorten(str(path))}: cannot be written: {error.strerror}") from error
+
+
 def check_new_folder(path: Path, flag: str, *inputs: Path) -> None:
     """Checks that a folder can be created at `path`, outside the input folders, without leaving anything behind.
 
@@ -111,6 +133,15 @@ def check_new_folder(path: Path, flag: str, *inputs: Path) -> None:
             folder.rmdir()
 
 
+def _remove(folder: Path) -> None:
+    """Removes a folder. After an error, threads of libraries may still be writing to it for a moment."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary path at which to create a folder; renames it to `folder`, or removes it on an error.
@@ -132,7 +163,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             yield unfinished / folder.name
             (unfinished / folder.name).rename(folder)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove(unfinished)
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
             raise  # an error of reading, not of writing

@@ -36,25 +36,27 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     if found is None:
         return
     options, settings = found
-    if options.topology:
-        # There is no TPU to use, or to ask for its metadata.
+    if options.topology is not None:
+        # There is no TPU to use, to lock, or to ask for its metadata.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
     with loading_modules():
-        import jax
         from rich.console import Console
 
+        from codiemb_jax.sharding import find_devices
         from codiemb_jax.training.ahead import tpu_devices
         from codiemb_jax.training.preflight import Preflight
 
-    devices = tpu_devices(options.topology) if options.topology else jax.devices()
+    devices = find_devices() if options.topology is None else tpu_devices(options.topology)
     preflight = Preflight(settings, devices)
     console = Console(stderr=True)
     with console.status("compiling"):
         report = preflight.report()
     change = None
-    if not report.fits:
+    if report.fits is False:
         with console.status("looking for settings that fit"):
             change = preflight.smallest_change(report)
     if options.json:
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change[0].items())
         Console().print(f"It fits with {flags}:", soft_wrap=True)
         print_report(change[1])
-    elif not report.fits:
+    elif report.fits is False:
         Console().print("Nothing that was tried fits; use more or larger devices, or a smaller batch.")
 
 
@@ -100,6 +102,8 @@ def print_report(report: "Report") -> None:
     memory = f", {size(report.chip.memory)} of memory each" if report.chip.memory else ""
     host = f", and {size(report.host_bytes)} in host memory" if report.host_bytes else ""
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # rich assumes 80, which cuts numbers
     console.print(
         f"{report.devices} x {report.device_kind}{memory}; {report.parameters:,} parameters; weights and moments: "
         f"{size(report.state_bytes)} per device{host}",

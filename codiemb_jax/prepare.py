@@ -38,16 +38,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         from codiemb_jax.batch import TASKS
         from codiemb_jax.checkpoints.model import open_model
         from codiemb_jax.data.beam import check_runner
-        from codiemb_jax.data.store import cache_folder
+        from codiemb_jax.data.find import dataset_names
         from codiemb_jax.sharding import cpu_mesh
         from codiemb_jax.text.prompts import PromptTokenizer
-        from codiemb_jax.text.records import dataset_names
         from codiemb_jax.training.run import check_cache, find_data, prepare_data
 
     if options.beam is not None:
         check_runner(options.beam)
     files = find_data(settings)
-    check_cache(cache_folder(), settings.output_dir, [path for task in TASKS for path in getattr(settings.data, task)])
+    check_cache(settings.output_dir, [path for task in TASKS for path in getattr(settings.data, task)])
     max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
     # Nothing is computed here, so this machine need not have what the attention backend needs.
     model_settings = settings.model.model_copy(update={"attention_backend": "auto"})

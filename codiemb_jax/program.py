@@ -1,6 +1,7 @@
 """Command-line programs: argument parsing, interrupts and exit codes."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -34,6 +35,22 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{shorten(text)}: {error}") from error
 
 
+def positive_argument(text: str) -> int:
+    """Parses the value of a flag that is a positive integer."""
+    return _integer(text, 1)
+
+
+def count_argument(text: str) -> int:
+    """Parses the value of a flag that is 0 or a positive integer."""
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from {least} to 999999999")
+    return int(text)
+
+
 class Terminated(KeyboardInterrupt):
     """The process has received SIGTERM: a scheduler stops it, to start it again later."""
 
@@ -44,11 +61,18 @@ INTERRUPTS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterru
 
 def exit_code(error: BaseException) -> int:
     """Returns the exit code of a program that ends with an error."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or _is_output_error(error):
         return 2
+    if isinstance(error, SystemError) and isinstance(error.__cause__, KeyboardInterrupt):
+        return exit_code(error.__cause__)  # C code has raised it in place of the interrupt
     if isinstance(error, Terminated):
         return 0
     return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _is_output_error(error: BaseException) -> bool:
+    """Whether stdout or stderr cannot be written. Errors of files have names."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE) and error.filename is None
 
 
 @contextmanager
@@ -74,6 +98,16 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
+def _send_again(ignored: Any) -> None:
+    """Sends a signal again whose exception was raised where Python ignores exceptions, such as in a callback."""
+    for number, interrupt in INTERRUPTS.items():
+        if ignored.exc_type is interrupt:
+            # From another thread, because exceptions in this function are ignored as well.
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+            return
+    sys.__unraisablehook__(ignored)
+
+
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Runs the `main` of a program and exits.
 
@@ -81,6 +115,7 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     after an interrupt, and 1 after any other error.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _send_again
     code: Any = 0
     try:
         main()
@@ -88,14 +123,15 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         code = error.code or 0
     except BaseException as error:
         code = exit_code(error)
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        elif isinstance(error, KeyboardInterrupt):
-            print("\nstopped; run the same command again to continue", file=sys.stderr)
-        else:
-            traceback.print_exc()
-    with suppress(OSError):  # nobody reads the output any more
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            if isinstance(error, UserError) or code == 2:
+                print(f"error: {error}", file=sys.stderr)
+            elif code in (0, 130):
+                print("\nstopped; run the same command again to continue", file=sys.stderr)
+            else:
+                traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # nobody reads the output any more, or it was closed from the start
+            stream.flush()
     # All files are closed. Native threads may crash while the interpreter shuts down, or wait for other processes.
     os._exit(code)

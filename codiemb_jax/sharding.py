@@ -1,5 +1,6 @@
 """The device mesh and the sharding of batches and weights."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from codiemb_jax.config import MeshSettings
-from codiemb_jax.errors import UserError
+from codiemb_jax.errors import UserError, shorten
 
 ROW_AXES = ("data", "fsdp")
 """Mesh axes over which the leading axis of batch arrays is split."""
@@ -18,13 +19,28 @@ WEIGHT_RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
 """Mesh axis for each axis name of a weight. Other axes are replicated."""
 
 
+def find_devices() -> list[jax.Device]:
+    """Returns all devices.
+
+    Raises:
+      UserError: If JAX cannot use those that it should.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a message, if there is no GPU
+        reason = shorten(" ".join(str(error).split()), 300) or f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}"
+        raise UserError(
+            f"JAX cannot use the devices ({reason}); check JAX_PLATFORMS, and that JAX is installed for them"
+        ) from error
+
+
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Creates the mesh (data, fsdp, tensor) over `devices`, by default all devices.
 
     Raises:
       UserError: If the sizes of the axes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     count = len(devices)
     fixed = settings.fsdp * settings.tensor
     data = count // fixed if settings.data == -1 else settings.data

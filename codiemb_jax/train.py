@@ -4,7 +4,6 @@ Run the same command again to continue from the newest checkpoint in output_dir.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from codiemb_jax.program import loading_modules, run_program
 
@@ -43,10 +42,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
             log_console().print("stopped by SIGTERM; run the same command again to continue")
             return
         if is_first_process():
-            print_report(before, after, run.folder.export if settings.export else None)
+            print_report(before, after, f"{run.folder.location / 'export'}" if settings.export else None)
 
 
-def print_report(before: dict[str, float], after: dict[str, float], export: Path | None) -> None:
+def print_report(before: dict[str, float], after: dict[str, float], export: str | None) -> None:
     """Prints the held-out metrics and the path of the export."""
     from rich.console import Console
     from rich.markup import escape

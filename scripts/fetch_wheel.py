@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from codiemb_jax.data.store import cache_folder
+from codiemb_jax.cache import cache_folder
 from codiemb_jax.errors import UserError
 
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from codiemb_jax.checkpoints.families import get_family
 from codiemb_jax.checkpoints.safetensors import named_weights, write_weights
 from codiemb_jax.config import ModelSettings
+from codiemb_jax.data.find import find_files
 from codiemb_jax.models.decoder import Decoder
-from codiemb_jax.text.records import find_files
 
 QUICKSTART = Path(__file__).parent.parent / "codiemb_jax" / "quickstart"
 CONFIG = {

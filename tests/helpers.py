@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
+from codiemb_jax.data.index import DTYPES, Index
 from codiemb_jax.train import main as train
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ def run(settings: dict[str, Any], folder: Path, *flags: str) -> list[dict[str, A
 def read_files(folder: Path) -> dict[str, bytes]:
     """Returns the content of every file in a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_memory(index: Index) -> Index:
+    """Returns the same index with arrays."""
+    columns = {name: getattr(index, name) for name in DTYPES}
+    return Index(**{name: column[np.arange(column.size)] for name, column in columns.items()}, folder=index.folder)
 
 
 def load_weights(folder: Path) -> dict[str, np.ndarray]:

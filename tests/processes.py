@@ -8,10 +8,19 @@ import time
 from pathlib import Path
 
 
+def free_port() -> int:
+    """Returns a port of this machine that nothing uses."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 class Processes:
     """The processes of one run. Ends them at the end of a `with` block."""
 
-    def __init__(self, folder: Path, config: Path, name: str, processes: int, devices: int, *flags: str):
+    def __init__(
+        self, folder: Path, config: Path, name: str, processes: int, devices: int, *flags: str, output: str = ""
+    ):
         """Starts them.
 
         Args:
@@ -21,12 +30,11 @@ class Processes:
           processes: Number of processes.
           devices: Number of simulated devices of each process.
           *flags: Flags of `tests.recorded_train`.
+          output: The `output_dir`, if it is not in the folder.
         """
         self.output = folder / name
         self.records = [folder / f"{name}-{i}.jsonl" for i in range(processes)]
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            self.address = f"localhost:{probe.getsockname()[1]}"
+        self.address = f"localhost:{free_port()}"
         cache = {"CODIEMB_JAX_CACHE": str(folder / "cache")}
         environment = {
             **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **cache
@@ -34,7 +42,7 @@ class Processes:
         command = [sys.executable, "-m", "tests.recorded_train"]
         self.processes = []
         for i, record in enumerate(self.records):
-            own = [str(record), *flags, "--config", str(config), "--output_dir", str(self.output)]
+            own = [str(record), *flags, "--config", str(config), "--output_dir", output or str(self.output)]
             if processes > 1:
                 own += ["--distributed.coordinator", self.address, "--distributed.num_processes", str(processes)]
                 own += ["--distributed.process_id", str(i)]

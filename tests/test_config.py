@@ -52,7 +52,7 @@ data:
   passage_max_tokens: 1024
   packing: true
   row_tokens: null
-evaluation: {ir: [], sts: []}
+evaluation: {ir: [], sts: [], beir: []}
 objective:
   ir: info_nce
   sts: codi

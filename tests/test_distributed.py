@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -195,19 +196,34 @@ def test_sigterm_of_one_process_saves_and_ends_all(single, tmp_path):
     assert_close(read_metrics(run.output), read_metrics(expected.output))
 
 
-def test_missing_coordinator_is_reported(single, tmp_path):
+@pytest.mark.parametrize(
+    ("process", "address", "problem"),
+    [
+        (0, "localhost:0", "error: distributed: other processes are missing after 2 seconds; start all of them"),
+        (1, "localhost:1", "error: distributed.coordinator: nothing answers at localhost:1"),
+    ],
+)
+def test_process_that_is_alone_at_the_start_gives_up(process, address, problem, single, tmp_path):
     _, config, _ = single
     code = (
         "import sys\nfrom codiemb_jax import distributed, train\nfrom codiemb_jax.program import run_program\n"
-        "distributed.CONNECT_SECONDS = 1\nrun_program(lambda: train.main(sys.argv[1:]))"
+        "distributed.CONNECT_SECONDS = 2\nrun_program(lambda: train.main(sys.argv[1:]))"
     )
-    flags = ["--distributed.coordinator", "localhost:1", "--distributed.num_processes", "2"]
+    if process == 0:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+    flags = ["--distributed.coordinator", address, "--distributed.num_processes", "2"]
     command = [sys.executable, "-c", code, "--config", str(config), "--output_dir", str(tmp_path / "run"), *flags]
     done = subprocess.run(
-        [*command, "--distributed.process_id", "1"], capture_output=True, text=True, env=os.environ, timeout=120
+        [*command, "--distributed.process_id", str(process)],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        timeout=120,
     )
     assert done.returncode == 2
-    assert "distributed.coordinator: nothing answers at localhost:1" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(problem)
     assert "Traceback" not in done.stderr
 
 
@@ -218,6 +234,8 @@ def test_missing_coordinator_is_reported(single, tmp_path):
         ({"num_processes": 2}, "together"),
         ({"process_id": 0, "num_processes": 1}, "together"),
         ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "must be less than num_processes 2"),
+        ({"coordinator": "host:99999", "num_processes": 2, "process_id": 1}, "port must be between 1 and 65535"),
+        ({"coordinator": "host:0", "num_processes": 2, "process_id": 1}, "port must be between 1 and 65535"),
         ({"coordinator": "host", "num_processes": 2, "process_id": 1}, "coordinator"),
         ({"coordinator": "http://host:1", "num_processes": 2, "process_id": 1}, "coordinator"),
     ],

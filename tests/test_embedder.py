@@ -173,13 +173,18 @@ def test_embeddings_do_not_depend_on_mesh_or_dtype(published, minilm):
     assert np.sum(bfloat16.encode(TEXTS) * expected, axis=1).min() > 0.999
 
 
-def test_instruction_is_inserted_into_query_prompt_of_checkpoint(run):
-    model = Embedder.from_pretrained(run / "checkpoints" / "2")
+@pytest.mark.parametrize("folder", ["checkpoints/2", "export"])
+def test_instruction_is_inserted_into_query_prompt(folder, run):
+    model = Embedder.from_pretrained(run / folder)
     prompt = "Instruction: Find similar code Query: "
     expected = model.encode_query(TEXTS, prompt=prompt)
     np.testing.assert_array_equal(model.encode_query(TEXTS, instruction="Find similar code"), expected)
+    np.testing.assert_array_equal(model.encode_query(TEXTS, instruction=""), model.encode_query(TEXTS, prompt=""))
+
+
+def test_instruction_for_a_model_without_placeholder_raises_user_error(published):
     with pytest.raises(UserError, match="no placeholder for an instruction; give the whole prompt"):
-        Embedder.from_pretrained(run / "export").encode_query(TEXTS, instruction="Find similar code")
+        published.encode_query(TEXTS, instruction="Find similar code")
 
 
 UNUSUAL_FILES: dict[str, dict] = {
@@ -229,9 +234,12 @@ def test_cls_pooling_without_prompt_raises_user_error(minilm, tmp_path):
 
 
 INVALID_FILES = {
-    "config_sentence_transformers.json": [{"prompts": {"query": 1}}, {"prompts": []}, {"default_prompt_name": "none"}],
+    "config_sentence_transformers.json": [
+        {"prompts": {"query": 1}}, {"prompts": []}, {"default_prompt_name": "none"},
+        {"query_template": "no placeholder"}, {"query_template": 1}, {"begin": ["<s>"]},
+    ],
     "sentence_bert_config.json": [{"max_seq_length": "512"}, {"max_seq_length": 0}, {"do_lower_case": "yes"}],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

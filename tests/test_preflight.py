@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # tests run at the same time
 
@@ -66,6 +68,18 @@ def test_flops_are_those_of_a_hand_count():
     assert count_flops(step.jaxpr) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("recipe", ["youtu_embedding", "minicpm_embedding"])
+@pytest.mark.parametrize(("chunks", "remat"), [(1, "full"), (14, "dots")])
+def test_executed_flops_are_little_more_than_needed(recipe, chunks, remat):
+    """Operations over 6 x parameters x tokens without padding, with long texts."""
+    devices = tpu_devices("v5e:2x4")
+    settings = load_settings(find_config(recipe), ["--encode_chunks", str(chunks), "--model.remat", remat])
+    program = Preflight(settings, devices)
+    step, shapes = program.trace(program.settings, "ir")
+    parameters = {"youtu_embedding": 2_410_289_152, "minicpm_embedding": 2_724_880_896}[recipe]
+    assert count_flops(step.jaxpr) / (6 * parameters * shapes.tokens) < 1.45
+
+
 @pytest.mark.parametrize("changes", [{}, {"mesh.fsdp": 4}, {"optimizer.moments_dtype": "bfloat16", "mesh.tensor": 2}])
 def test_state_bytes_are_those_of_a_real_state(changes, golden, tmp_path):
     values = golden_settings(golden, tmp_path, data={"ir": ["data"]})
@@ -86,7 +100,8 @@ def compiled(golden, tmp_path, monkeypatch):
 
     def find(fits, **sections):
         tried = []
-        settings = Settings.model_validate(golden_settings(golden, tmp_path, data={"ir": ["data"]}, **sections))
+        data = {"ir": ["data"]} | sections.pop("data", {})
+        settings = Settings.model_validate(golden_settings(golden, tmp_path, data=data, **sections))
 
         def trace(settings, task):
             tried.append(settings)
@@ -96,6 +111,7 @@ def compiled(golden, tmp_path, monkeypatch):
             return StepEstimate(1.0, None, fits(tried[-1]), 1.0, None, None, None)
 
         monkeypatch.setattr(preflight, "estimate_step", estimate)
+        monkeypatch.setattr(preflight, "chip_of", lambda device: Chip(memory=1e12))
         program = Preflight(settings, jax.devices())
         monkeypatch.setattr(program, "trace", trace)
         report = program.report()
@@ -110,6 +126,31 @@ def test_smallest_number_of_chunks_is_found(compiled):
     assert change is not None and change[0] == {"encode_chunks": 4}
     assert change[1].fits
     assert len(tried) <= 5
+
+
+def test_chunks_of_padded_batches_have_whole_examples(compiled):
+    data = {"packing": False, "ir_global_batch_size": 96}  # 12 examples per device
+    change, _ = compiled(lambda settings: settings.encode_chunks >= 5, data=data)
+    assert change is not None and change[0] == {"encode_chunks": 6}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.passage_max_tokens", "100000"], "may be at most 1024, the model's number of positions"),
+        (["--config", "bge_large_zh", "--model.attention", "causal"], "causal needs a decoder; a bert model"),
+    ],
+)
+def test_what_training_refuses_is_refused(flags, message):
+    config = [] if "--config" in flags else ["--config", "quickstart"]
+    with pytest.raises(UserError, match=message):
+        main([*config, *flags])
+
+
+def test_it_is_not_known_whether_it_fits_on_a_cpu(capsys):
+    main(["--config", "quickstart", "--data.sts", "[]", "--mesh.fsdp", "8", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is None and found["device_memory"] is None and found["change"] is None
 
 
 def test_cheaper_changes_come_first(compiled):
@@ -152,6 +193,11 @@ def test_chunk_counts():
 def test_message_of_the_compiler_is_understood():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded by"
     assert needed_memory(message) == 16.5 * 2**30
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.96G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert needed_memory(message) == 16.96 * 2**30
     assert needed_memory("INTERNAL: something else") is None
 
 
@@ -173,3 +219,23 @@ def test_known_chips():
 def test_mistakes_raise_user_error(arguments, message):
     with pytest.raises(UserError, match=message):
         main(["--config", "quickstart", *arguments])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory as Linux counts it")
+def test_temporaries_are_those_of_a_real_run_on_a_cpu(tmp_path):
+    flags = [
+        "--output_dir", str(tmp_path / "run"), "--data.sts", "[]", "--data.packing", "false",
+        "--data.ir_global_batch_size", "48", "--optimizer.max_steps", "3", "--export", "false",
+        "--evaluation.ir", "[]", "--evaluation.sts", "[]", "--checkpoint.every_epochs", "null",
+    ]  # fmt: skip
+    report = Preflight(load_settings(find_config("quickstart"), flags), jax.devices()[:1]).report()
+    record = tmp_path / "bytes.txt"
+    environment = os.environ | {"XLA_FLAGS": "", "CODIEMB_JAX_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "tests.measured_train", str(record), "--config", "quickstart", *flags]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["computed_tokens"] for line in lines} == {report.shapes["ir"].computed_tokens}
+    measured = max(map(int, record.read_text().split()))
+    assert measured > 2e9
+    assert report.steps["ir"].temporaries == pytest.approx(measured, rel=0.1)

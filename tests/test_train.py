@@ -182,10 +182,14 @@ def test_sts_loss_is_weighted_sum_of_parts(both_tasks):
             assert line["loss"] == pytest.approx(total, rel=1e-6)
 
 
+RETRIEVAL_METRICS = ("nDCG@10", "MRR@10", "Recall@10", "Recall@100", "MAP")
+
+
 def test_held_out_metrics_do_not_change_at_learning_rate_0(both_tasks):
     metrics = json.loads((both_tasks[0] / "evaluation.json").read_text())
     assert metrics["before"] == metrics["after"]
-    assert metrics["before"].keys() == {"news nDCG@10", "questions Spearman"}
+    retrieval = {f"news {metric}" for metric in RETRIEVAL_METRICS}
+    assert metrics["before"].keys() == retrieval | {"questions Spearman", "questions Pearson"}
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -314,11 +318,13 @@ def test_suspicious_settings_and_data_are_logged(golden, tmp_path, capsys):
     sts.write_text("".join(json.dumps(example) + "\n" for example in examples))
     low, high = (f"{limit(example['positive_scores'][0] for example in examples):g}" for limit in (min, max))
     settings = golden_settings(
-        golden, tmp_path / "run", model={"path": str(checkpoint), "pooling": "last_token"}, data={"sts": [str(sts)]},
-        evaluation={"sts": [str(tmp_path / "." / "sts.jsonl")]}, export=False,
+        golden, tmp_path / "run", model={"path": str(checkpoint), "pooling": "last_token", "dropout": 0.1},
+        data={"sts": [str(sts)]}, evaluation={"sts": [str(tmp_path / "." / "sts.jsonl")]}, export=False,
     )  # fmt: skip
     run(settings, tmp_path, "--optimizer.max_steps", "1")
-    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
+    log = capsys.readouterr().err.splitlines()
+    assert "attention backend: xla_cpu, xla in training steps because attention has dropout" in log
+    assert [line for line in log if line.startswith("note: ")] == [
         f"note: model.pooling is last_token, but {checkpoint} has mean",
         f"note: {sts} is both training and held-out data",
         f"note: {sts} has scores from {low} to {high}; scale them to [0, 1]",
@@ -667,7 +673,7 @@ def test_datasets_with_the_same_stem_have_unique_names_and_meta_data_is_ignored(
     lines = run(settings, tmp_path)
     assert sorted(line["dataset"] for line in lines) == ["a.json", "a.jsonl"]
     metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())["before"]
-    assert metrics.keys() == {"a.json nDCG@10", "a.jsonl nDCG@10"}
+    assert metrics.keys() == {f"{name} {metric}" for name in ("a.json", "a.jsonl") for metric in RETRIEVAL_METRICS}
     assert metrics["a.json nDCG@10"] == metrics["a.jsonl nDCG@10"]
     # Each dataset is one batch of the same eight queries, and the model does not change at learning rate 0.
     assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-5)

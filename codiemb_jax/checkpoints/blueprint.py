@@ -123,10 +123,15 @@ class Blueprint(BaseModel):
         Raises:
           UserError: If its files are invalid.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(Path(folder), self.files)
-            with tokenizer_errors():
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                write_files(Path(folder), self.files)
+                with tokenizer_errors():
+                    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        except OSError as error:
+            raise UserError(
+                f"temporary files cannot be written ({error.strerror or error}); set TMPDIR to a folder with more space"
+            ) from error
         if not isinstance(max_length := tokenizer.model_max_length, int | float):
             raise UserError(f"tokenizer_config.json: model_max_length: expected a number, found {max_length!r}")
         return tokenizer

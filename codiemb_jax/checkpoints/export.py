@@ -111,7 +111,12 @@ def sentence_prompts(blueprint: Blueprint) -> SentencePrompts:
     assert blueprint.prompt is not None
     # cls and last_token select one of all tokens; a weighted mean is exported only if no prompt is excluded.
     include = blueprint.prompt.include_in_pooling or blueprint.encoding["pooling"] != "mean"
-    return SentencePrompts(prompts=prompt_texts(blueprint.prompt), include_prompt=include)
+    return SentencePrompts(
+        prompts=prompt_texts(blueprint.prompt),
+        include_prompt=include,
+        query_template=blueprint.prompt.query,
+        begin=blueprint.prompt.begin,
+    )
 
 
 def _config_for_export(config: dict[str, Any], blueprint: Blueprint, family: Family) -> dict[str, Any]:
@@ -178,6 +183,8 @@ def _merges_prompt_space(tokenizer: PreTrainedTokenizerFast, prompt: PromptSetti
 def _write_sentence_transformers(folder: Path, blueprint: Blueprint, sentence: SentencePrompts) -> None:
     limits = {"max_seq_length": blueprint.max_tokens, "do_lower_case": sentence.do_lower_case}
     write_json(folder / "sentence_bert_config.json", limits)
+    # For evaluation with the instruction of each query. sentence-transformers ignores these keys.
+    template = sentence.model_dump(include={"query_template", "begin"}) if sentence.query_template is not None else {}
     write_json(
         folder / "config_sentence_transformers.json",
         {
@@ -186,6 +193,7 @@ def _write_sentence_transformers(folder: Path, blueprint: Blueprint, sentence: S
             "default_prompt_name": sentence.default_prompt_name,
             "similarity_fn_name": "cosine",
             "model_type": "SentenceTransformer",
+            **template,
         },
     )
 

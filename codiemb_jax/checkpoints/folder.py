@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from codiemb_jax.checkpoints.families import Family, get_family
@@ -11,13 +10,14 @@ from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params
+from codiemb_jax.remote import Location
 from codiemb_jax.text.sentence import SentencePrompts
 
 
 class ModelFolder(ABC):
     """A model on disk. Everything but the weights is read when it is opened."""
 
-    path: Path
+    path: Location
     config: dict[str, Any]
     """The original config.json."""
     family: Family
@@ -62,7 +62,7 @@ class ModelFolder(ABC):
 
 
 @contextmanager
-def prefix_errors(path: Path) -> Iterator[None]:
+def prefix_errors(path: Location) -> Iterator[None]:
     """Prefixes the message of a `UserError` with a path."""
     try:
         yield

@@ -2,17 +2,20 @@
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from pydantic import ValidationError
 
+from codiemb_jax.cache import cache_folder
 from codiemb_jax.checkpoints.blueprint import ENCODING, Blueprint
 from codiemb_jax.checkpoints.families import Family
 from codiemb_jax.checkpoints.folder import ModelFolder, prefix_errors
 from codiemb_jax.checkpoints.huggingface import HUB_FILES, HuggingFaceFolder
-from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, is_checkpoint, saved_steps
+from codiemb_jax.checkpoints.orbax import REQUIRED_ITEMS, OrbaxCheckpoint, is_checkpoint, saved_steps
 from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten
@@ -20,6 +23,7 @@ from codiemb_jax.files import local_path
 from codiemb_jax.models.build import Params, abstract_model, new_projection
 from codiemb_jax.models.decoder import DecoderConfig
 from codiemb_jax.models.encoder import Encoder, EncoderConfig
+from codiemb_jax.remote import Location, fetch, is_remote, list_files, remote_path
 from codiemb_jax.sharding import cpu_mesh
 from codiemb_jax.text.prompts import tokenizer_errors
 from codiemb_jax.text.sentence import SentencePrompts
@@ -81,15 +85,7 @@ def open_model(
     """
     folder = folder or open_folder(resolve_model_path(settings.path))
     path, family, config = folder.path, folder.family, folder.model_config
-    if settings.dropout is not None:
-        config = config.with_dropout(settings.dropout)
-    if max_tokens and max_tokens > config.max_positions:
-        raise UserError(
-            f"data.query_max_tokens and data.passage_max_tokens may be at most {config.max_positions}, the model's "
-            f"number of positions (max_position_embeddings in {path / 'config.json'})"
-        )
-    if settings.attention == "causal" and family.model is Encoder:
-        raise UserError(f"model.attention: causal needs a decoder; a {family.model_type} model is bidirectional")
+    config = adapt_config(config, family, settings, max_tokens, path / "config.json")
     stored_dim = folder.stored_settings.get("projection_dim")
     if stored_dim and stored_dim != settings.projection_dim:
         raise UserError(
@@ -112,6 +108,35 @@ def open_model(
     )
     _check_tokenizer(path, blueprint, config)
     return PretrainedModel(folder, blueprint, config, graph, abstract)
+
+
+def adapt_config(
+    config: DecoderConfig | EncoderConfig,
+    family: Family,
+    settings: ModelSettings,
+    max_tokens: int | None,
+    path: Location,
+) -> DecoderConfig | EncoderConfig:
+    """Returns the config of a model with the dropout of `settings`, which it checks.
+
+    Args:
+      config: The config of the model.
+      family: Its family.
+      settings: The model settings.
+      max_tokens: Maximum number of tokens per text, if there is one.
+      path: The path of its config.json, for messages.
+
+    Raises:
+      UserError: If the model cannot be used with the settings.
+    """
+    if max_tokens and max_tokens > config.max_positions:
+        raise UserError(
+            f"data.query_max_tokens and data.passage_max_tokens may be at most {config.max_positions}, the model's "
+            f"number of positions (max_position_embeddings in {path})"
+        )
+    if settings.attention == "causal" and family.model is Encoder:
+        raise UserError(f"model.attention: causal needs a decoder; a {family.model_type} model is bidirectional")
+    return config if settings.dropout is None else config.with_dropout(settings.dropout)
 
 
 def open_with_stored_settings(
@@ -175,11 +200,13 @@ def _check_tokenizer(path: Path, blueprint: Blueprint, config: DecoderConfig | E
 def resolve_model_path(path: str) -> Path:
     """Returns the folder of a model, given a model folder, the folder of a run (its export) or a hub id (a download).
 
+    Copies a remote folder into the cache.
+
     Raises:
       UserError: If `path` is none of these or cannot be downloaded.
     """
     try:
-        folder = local_path(path)
+        folder = _fetch(remote_path(path)) if is_remote(path) else local_path(path)
     except ValueError as error:
         raise UserError(f"{shorten(path)}: {error}") from error
     try:
@@ -201,6 +228,37 @@ def resolve_model_path(path: str) -> Path:
     if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise UserError(f"{path} is neither a folder nor a hub id (owner/name)")
     return _download(path)
+
+
+def _fetch(path: epath.Path) -> Path:
+    """Copies what is needed of a remote model, checkpoint or run."""
+    files = list_files(path)
+    if not files:
+        raise UserError(f"{path}: no such folder, or it is empty")
+    if "config.yaml" in files and "config.json" not in files:  # a run
+        path, files = path / "export", {
+            name.removeprefix("export/"): file for name, file in files.items() if name.startswith("export/")
+        }  # fmt: skip
+        if not files:
+            raise UserError(f"{path.parent} is a run without an export; give one of its checkpoints")
+    if REQUIRED_ITEMS[0] in files:
+        if not is_checkpoint(path):
+            raise UserError(f"{path}: the checkpoint is incomplete")
+        wanted = {name: file for name, file in files.items() if not name.startswith("optimizer/")}
+    else:
+        wanted = {name: file for name, file in files.items() if _is_model_file(name)}
+        if not wanted:
+            checkpoints = sorted(name.partition("/")[0] for name in files if name.endswith(f"/{REQUIRED_ITEMS[0]}"))
+            hint = f"; give a checkpoint, for example {path / checkpoints[-1]}" if checkpoints else ""
+            raise UserError(f"{path}: contains no model{hint}")
+    return fetch(path, wanted, cache_folder())
+
+
+def _is_model_file(name: str) -> bool:
+    """Whether a file belongs to a Hugging Face folder, or to one of its modules, such as 1_Pooling/config.json."""
+    *folders, file = name.split("/")
+    is_module = len(folders) == 1 and re.fullmatch(r"\d+_\w+", folders[0]) is not None
+    return (not folders or is_module) and any(fnmatch(file, pattern) for pattern in HUB_FILES)
 
 
 def _download(name: str) -> Path:

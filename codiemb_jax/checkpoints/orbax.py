@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with the parameters, the passthrough weights, in a run also the optimizer state, and a
 manifest: the model's blueprint and the dtype, shape and checksum of every array. It is written under a temporary name
-and renamed when complete.
+and renamed when complete; on remote storage, a last file says that it is.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from codiemb_jax.checkpoints.blueprint import Blueprint
 from codiemb_jax.checkpoints.checksums import array_checksum, start_tree_checksums
@@ -32,6 +33,7 @@ from codiemb_jax.distributed import is_first_process
 from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.files import new_folder
 from codiemb_jax.models.build import Params
+from codiemb_jax.remote import Location, list_names, remote_errors, remove_folder
 
 BLOCKS_PER_AXIS, MIN_BLOCK_SIZE = 16, 128
 """A converted weight is stored in blocks: each of its last two axes is split into 16, but not below 128 elements.
@@ -42,10 +44,12 @@ MANIFEST = "blueprint"
 
 SAVED = re.compile(r"[1-9][0-9]*")
 """Name of a checkpoint. Names of unfinished ones have a suffix."""
-DELETED = re.compile(r"\.[1-9][0-9]*\.[0-9a-f]{8}\.deleted")
-"""Name of a checkpoint while it is being deleted."""
+LEFTOVER = re.compile(r"\.[1-9][0-9]*\.[0-9a-f]{8}\.deleted|[1-9][0-9]*\.orbax-checkpoint-tmp")
+"""Name of a checkpoint while it is being deleted, or written."""
 REQUIRED_ITEMS = ("_CHECKPOINT_METADATA", MANIFEST, "params")
 """Files and folders in every complete checkpoint."""
+COMMITTED = "commit_success.txt"
+"""File that Orbax writes last into a remote checkpoint: there, folders cannot be renamed."""
 
 Arrays = dict[str, tuple[str, list[int], str]]
 """Dtype, shape and checksum of each array of a tree, by path."""
@@ -60,14 +64,13 @@ class DamagedCheckpoint(UserError):
 class OrbaxCheckpoint(ModelFolder):
     """A single checkpoint, of a run or a converted model."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Location):
         """Reads the manifest of a checkpoint.
 
         Raises:
           UserError: If the checkpoint is incomplete, damaged, or from another version of this project.
         """
-        if not is_checkpoint(path):
-            missing = [name for name in REQUIRED_ITEMS if not (path / name).exists()]
+        if missing := missing_items(path):
             raise DamagedCheckpoint(
                 f"{path} is not a checkpoint ({', '.join(missing)} missing); give the output of convert.hf_to_orbax or "
                 "checkpoints/STEP of a run"
@@ -77,6 +80,7 @@ class OrbaxCheckpoint(ModelFolder):
         with prefix_errors(path):
             self.blueprint = Blueprint.from_json(manifest["blueprint"])
             self.arrays = _read_arrays(manifest["arrays"])
+        self.step = manifest["step"]
         self.config = self.blueprint.config
         self._read_config()
         self.prefix, self.dtypes = self.blueprint.prefix, self.blueprint.dtypes
@@ -131,20 +135,19 @@ class OrbaxCheckpoint(ModelFolder):
 class RunCheckpoints:
     """The checkpoints of a run, one folder per saved step; saving runs in the background."""
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Location, keep: int):
         """Opens the checkpoints of a run.
 
         Args:
           folder: Their folder.
           keep: Number of newest checkpoints to keep.
         """
-        self._folder, self._keep = folder.absolute(), keep
+        self._folder, self._keep = _absolute(folder), keep
         _silence_late_errors()  # a save in the background may fail at any time
         # Only these and the ones saved later are ever deleted, whatever else appears in the folder.
         self._steps = saved_steps(self._folder)
-        for leftover in self._folder.glob(".*.deleted") if is_first_process() else ():
-            if DELETED.fullmatch(leftover.name) and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
+        if is_first_process():
+            _remove_leftovers(self._folder)
         # Orbax does not delete atomically: if the run is killed meanwhile, half a checkpoint stays behind.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -180,7 +183,7 @@ class RunCheckpoints:
                 arrays = {name: described() for name, described in describe.items()}
                 if passthrough:
                     arrays["passthrough"] = {name: _describe(value) for name, value in passthrough.items()}
-                return _manifest(blueprint, arrays)
+                return _manifest(blueprint, arrays, step)
 
             items[MANIFEST] = _ManifestSave(manifest)
             self._delete_old()
@@ -188,18 +191,12 @@ class RunCheckpoints:
         self._steps.append(step)
 
     def _delete_old(self) -> None:
-        """Deletes all but the newest checkpoints, in the background.
-
-        Each is renamed first, so that a checkpoint under its own name is always complete.
-        """
+        """Deletes all but the newest checkpoints, in the background."""
         while len(self._steps) > self._keep:
             step = self._steps.pop(0)
-            if not is_first_process():
-                continue
-            deleted = self._folder / f".{step}.{secrets.token_hex(4)}.deleted"
-            with suppress(OSError):  # a checkpoint that cannot be deleted must not stop the run
-                (self._folder / str(step)).rename(deleted)
-                self._deletions.submit(shutil.rmtree, deleted, ignore_errors=True)
+            if is_first_process():
+                with suppress(OSError, UserError):  # a checkpoint that cannot be deleted must not stop the run
+                    self._deletions.submit(_remove, _invalidate(self._folder / str(step)))
 
     def close(self) -> None:
         """Waits until all checkpoints are on disk.
@@ -227,12 +224,64 @@ class _ManifestSave(ocp.args.CheckpointArgs):
     item: Callable[[], dict[str, Any]]
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a run's checkpoint folder, in order."""
-    return sorted(int(child.name) for child in folder.glob("*") if SAVED.fullmatch(child.name) and child.is_dir())
+def saved_steps(folder: Location) -> list[int]:
+    """Returns the steps of the checkpoints in a run's checkpoint folder, in order.
+
+    Raises:
+      UserError: If the folder is remote and cannot be read.
+    """
+    if isinstance(folder, Path):
+        return sorted(int(child.name) for child in folder.glob("*") if SAVED.fullmatch(child.name) and child.is_dir())
+    return sorted(int(child.name) for child in _remote_steps(folder) if _is_committed(child))
 
 
-def restore_run(folder: Path, step: int, params: Params, optimizer: Any) -> tuple[Params, Any]:
+def _remote_steps(folder: epath.Path) -> list[epath.Path]:
+    """Returns the checkpoints in a remote folder, complete or not."""
+    return [folder / name for name in list_names(folder) if SAVED.fullmatch(name)]
+
+
+def _is_committed(checkpoint: epath.Path) -> bool:
+    """Whether all of a remote checkpoint was written.
+
+    The last file alone is left where another run has removed the others while they were being written.
+    """
+    names = list_names(checkpoint)
+    return COMMITTED in names and names != [COMMITTED]
+
+
+def _invalidate(checkpoint: Location) -> Location:
+    """Makes a checkpoint count as deleted, at once; returns where its files are then."""
+    if isinstance(checkpoint, Path):
+        return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}.deleted"))
+    with remote_errors(checkpoint):
+        (checkpoint / COMMITTED).unlink()
+    return checkpoint
+
+
+def _remove(checkpoint: Location) -> None:
+    if isinstance(checkpoint, Path):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    else:
+        remove_folder(checkpoint)
+
+
+def _remove_leftovers(folder: Location) -> None:
+    """Removes checkpoints whose deletion or writing was interrupted."""
+    if isinstance(folder, Path):
+        for leftover in folder.glob("*"):
+            if LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink():
+                _remove(leftover)
+        return
+    for checkpoint in _remote_steps(folder):
+        if not _is_committed(checkpoint):
+            _remove(checkpoint)
+
+
+def _absolute(path: Location) -> Location:
+    return path.absolute() if isinstance(path, Path) else path
+
+
+def restore_run(folder: Location, step: int, params: Params, optimizer: Any) -> tuple[Params, Any]:
     """Restores parameters and optimizer state after `step` steps, in the shapes, dtypes and shardings given.
 
     Raises:
@@ -247,7 +296,7 @@ def restore_run(folder: Path, step: int, params: Params, optimizer: Any) -> tupl
         )
 
 
-def restore_passthrough(folder: Path, step: int) -> dict[str, np.ndarray]:
+def restore_passthrough(folder: Location, step: int) -> dict[str, np.ndarray]:
     """Restores the passthrough weights from the checkpoint after `step` steps.
 
     Raises:
@@ -258,23 +307,42 @@ def restore_passthrough(folder: Path, step: int) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _run_checkpoint(folder: Path, step: int) -> Iterator[OrbaxCheckpoint]:
+def _run_checkpoint(folder: Location, step: int) -> Iterator[OrbaxCheckpoint]:
     """Opens the checkpoint after `step` steps; the error for a damaged one names the previous checkpoint."""
     earlier = [saved for saved in saved_steps(folder) if saved < step]
     hint = f"; move it away to continue from the previous checkpoint, {folder / str(earlier[-1])}" if earlier else ""
     try:
-        yield OrbaxCheckpoint(folder / str(step))
+        checkpoint = OrbaxCheckpoint(folder / str(step))
+        if checkpoint.step != step:
+            raise _damaged(checkpoint.path, f"it was saved after {checkpoint.step} steps, and renamed")
+        yield checkpoint
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{error}{hint}") from error
 
 
-def is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Location) -> bool:
     """Whether a folder is a complete checkpoint of this project."""
-    return all((folder / name).exists() for name in REQUIRED_ITEMS)
+    return not missing_items(folder)
+
+
+def missing_items(folder: Location) -> list[str]:
+    """Returns which files and folders of a complete checkpoint are missing.
+
+    Raises:
+      UserError: If the folder is remote and cannot be read.
+    """
+    if isinstance(folder, Path):
+        return [name for name in REQUIRED_ITEMS if not (folder / name).exists()]
+    found = list_names(folder)
+    return [name for name in (*REQUIRED_ITEMS, COMMITTED) if name not in found]
 
 
 def save_model(folder: Path, params: Params, passthrough: Mapping[str, Any], blueprint: Blueprint) -> None:
-    """Writes a checkpoint without optimizer state. Leaves of `params` and `passthrough` are `LazyArray`s."""
+    """Writes a checkpoint without optimizer state. Leaves of `params` and `passthrough` are `LazyArray`s.
+
+    Raises:
+      UserError: If the folder exists or cannot be written.
+    """
     with new_folder(folder) as new:
         arrays: dict[str, Arrays] = {}
         items: dict[str, Any] = {}
@@ -285,10 +353,13 @@ def save_model(folder: Path, params: Params, passthrough: Mapping[str, Any], blu
                 registry = ocp.type_handlers.create_type_handler_registry((LazyArray, handler))
                 items[name] = ocp.args.PyTreeSave(tree)
                 handlers[name] = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-            checkpointer.save(new, args=ocp.args.Composite(**items))
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            checkpointer.save(new / MANIFEST, args=ocp.args.JsonSave(_manifest(blueprint, arrays)))
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+                checkpointer.save(new, args=ocp.args.Composite(**items))
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+                checkpointer.save(new / MANIFEST, args=ocp.args.JsonSave(_manifest(blueprint, arrays, None)))
+        except ValueError as error:  # from TensorStore, for example because the disk is full
+            raise UserError(f"{folder}: the checkpoint cannot be written ({_library_reason(error)})") from error
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -317,7 +388,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         await super()._open_and_write(value, tspec, ts_context)
 
 
-def restore_item(folder: Path, item: str, arrays: Arrays, abstract: Any) -> Any:
+def restore_item(folder: Location, item: str, arrays: Arrays, abstract: Any) -> Any:
     """Restores a tree in the shapes, dtypes and shardings of `abstract`, and verifies its checksums.
 
     Raises:
@@ -333,7 +404,7 @@ def restore_item(folder: Path, item: str, arrays: Arrays, abstract: Any) -> Any:
 
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(jax.tree_util.tree_map_with_path(stored, abstract))})
     with _readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(folder.absolute(), args=args)[item]
+        restored = checkpointer.restore(_absolute(folder), args=args)[item]
     found = describe_tree(restored)
     mismatched = [path for keys, _ in leaves if found[path := _path(keys)] != arrays[path]]
     if mismatched:
@@ -373,8 +444,8 @@ def _path(keys: Sequence[Any]) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 
-def _manifest(blueprint: Blueprint, arrays: Mapping[str, Arrays]) -> dict[str, Any]:
-    content = {"blueprint": blueprint.model_dump(mode="json"), "arrays": dict(arrays)}
+def _manifest(blueprint: Blueprint, arrays: Mapping[str, Arrays], step: int | None) -> dict[str, Any]:
+    content = {"blueprint": blueprint.model_dump(mode="json"), "arrays": dict(arrays), "step": step}
     return content | {"digest": _digest(content)}
 
 
@@ -382,10 +453,10 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Location) -> dict[str, Any]:
     with _readable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        manifest = checkpointer.restore((folder / MANIFEST).absolute())
-    if not isinstance(manifest, dict) or set(manifest) != {"blueprint", "arrays", "digest"}:
+        manifest = checkpointer.restore(_absolute(folder / MANIFEST))
+    if not isinstance(manifest, dict) or set(manifest) != {"blueprint", "arrays", "step", "digest"}:
         raise UserError(f"{folder}: was written by another version of codiemb_jax")
     if manifest.pop("digest") != _digest(manifest):
         raise _damaged(folder, "the manifest does not match its digest")
@@ -409,12 +480,12 @@ def _read_arrays(arrays: Any) -> dict[str, Arrays]:
 DTYPES = {dtype.name for dtype in (*map(np.dtype, "?bhilBHILefd"), np.dtype(jax.numpy.bfloat16))}
 
 
-def _damaged(folder: Path, reason: str) -> DamagedCheckpoint:
+def _damaged(folder: Location, reason: str) -> DamagedCheckpoint:
     return DamagedCheckpoint(f"{folder}: the checkpoint is damaged: {reason}")
 
 
 @contextmanager
-def _writable(folder: Path) -> Iterator[None]:
+def _writable(folder: Location) -> Iterator[None]:
     """Raises `UserError` if writing a checkpoint in this block fails."""
     try:
         yield
@@ -437,7 +508,7 @@ def _library_reason(error: Exception) -> str:
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def _readable(folder: Location) -> Iterator[None]:
     """Raises `DamagedCheckpoint` if reading a checkpoint in this block fails."""
     try:
         yield
@@ -468,7 +539,7 @@ class _QuietLateErrors:
             self._previous(unraisable)
 
 
-def _restore_one(folder: Path, keys: Sequence[str]) -> np.ndarray:
+def _restore_one(folder: Location, keys: Sequence[str]) -> np.ndarray:
     """Restores one array of a saved tree."""
     item: Any = 0
     args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -476,6 +547,6 @@ def _restore_one(folder: Path, keys: Sequence[str]) -> np.ndarray:
         item, args = {key: item}, {key: args}
     with _readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
-            folder.absolute(), args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+            _absolute(folder), args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
         )
     return jax.tree.leaves(restored)[0]

@@ -130,6 +130,8 @@ def read_prompts(folder: Path, include_prompt: bool) -> tuple[SentencePrompts, i
             default_prompt_name=config.get("default_prompt_name"),
             include_prompt=include_prompt,
             do_lower_case=limits.get("do_lower_case", False),
+            query_template=config.get("query_template"),
+            begin=config.get("begin", ""),
         )
     except ValidationError as error:
         problem = error.errors()[0]

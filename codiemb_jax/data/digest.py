@@ -44,7 +44,7 @@ def file_digest(path: Path, cache: Path) -> str:
             remembered.parent.mkdir(parents=True, exist_ok=True)
             write_json(remembered, {"file": before, "digest": digest})
         except OSError:
-            pass  # it is only computed again; `prepare` reports a cache that cannot be written
+            pass  # it is only recomputed; `prepare` reports a cache that cannot be written
     return digest
 
 

@@ -22,19 +22,13 @@ def find_texts(parts: Sequence[tuple[Index, np.ndarray, np.ndarray]]) -> Passage
     """
     passages = np.concatenate([passages for _, _, passages in parts])
     is_present = passages >= 0
-    hashes = np.concatenate(
-        [
-            index.passage_hashes[index.passage_offsets[examples][:, None] + np.maximum(own, 0)]
-            for index, examples, own in parts
-        ]
-    )
+    hashes = np.concatenate([index.hashes(examples, own) for index, examples, own in parts])
     known, numbers = np.unique(hashes[is_present], return_inverse=True)
     texts = np.full(passages.shape, -1, np.int32)
     texts[is_present] = numbers
     # All positives in the data, as one list.
-    counts = np.concatenate([index.positives[examples] for index, examples, _ in parts])
-    positives = np.concatenate(
-        [index.passage_hashes[_ranges(index.passage_offsets[own], index.positives[own])] for index, own, _ in parts]
+    counts, positives = map(
+        np.concatenate, zip(*(index.positive_hashes(examples) for index, examples, _ in parts), strict=True)
     )
     numbers = np.searchsorted(known, positives).clip(max=known.size - 1)
     pairs = np.repeat(np.arange(counts.size), counts) * known.size + numbers
@@ -42,11 +36,5 @@ def find_texts(parts: Sequence[tuple[Index, np.ndarray, np.ndarray]]) -> Passage
     counts = np.bincount(examples, minlength=counts.size)
     width = max(MIN_POSITIVES, 1 << (int(counts.max()) - 1).bit_length())
     by_example = np.full((counts.size, width), -2, np.int32)
-    by_example[examples, _ranges(np.zeros_like(counts), counts)] = numbers
+    by_example[examples, np.arange(numbers.size) - np.repeat(np.cumsum(counts) - counts, counts)] = numbers
     return PassageTexts(texts, by_example)
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Concatenates the ranges start … start + count - 1."""
-    ends = np.cumsum(counts)
-    return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)

@@ -1,19 +1,21 @@
 """The index of a prepared dataset: lengths, counts and scores of all examples, for planning without reading texts.
 
 It is a folder with one .npy file per field, which are mapped into memory, so opening it takes the same time and memory
-for any number of examples. A manifest with totals is written last and marks the dataset as complete.
+for any number of examples. Checksums of small blocks are in files of their own. A manifest with totals is written last
+and marks the dataset as complete.
 """
 
+import errno
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
 
 import numpy as np
 
+from codiemb_jax.data.column import Column, ColumnWriter
 from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.files import read_json, write_json
 
@@ -21,6 +23,8 @@ INDEX = "index"
 """Name of the folder of the index."""
 
 MANIFEST = "manifest.json"
+COMPLETE = f"{INDEX}/{MANIFEST}"
+"""File that is written last."""
 
 DTYPES: dict[str, np.dtype] = {
     "score": np.dtype("<f8"),
@@ -32,6 +36,10 @@ DTYPES: dict[str, np.dtype] = {
     "passage_hashes": np.dtype("<u8"),
 }
 """The dtype of each field of the index."""
+
+
+Values = Column | np.ndarray
+"""A field of the index, in a file or in memory."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Totals:
 
 def is_complete(folder: Path) -> bool:
     """Whether a prepared dataset has been written completely."""
-    return (folder / INDEX / MANIFEST).exists()
+    return (folder / COMPLETE).exists()
 
 
 @contextmanager
@@ -81,30 +89,36 @@ def read_errors(folder: Path) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except PermissionError as error:
-        raise UserError(f"{folder}: the prepared dataset cannot be read: {error.strerror}") from error
+    except OSError as error:
+        if error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            raise UserError(f"{folder}: the prepared dataset cannot be read: {error.strerror}") from error
+        raise _damaged(folder, error) from error
     except Exception as error:  # the libraries raise many types of errors
-        reason = shorten(" ".join(str(error).split()), 200)
-        raise UserError(f"{folder}: the prepared dataset is damaged ({reason}); delete the folder") from error
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    reason = shorten(" ".join(str(error).split()), 200)
+    return UserError(f"{folder}: the prepared dataset is damaged ({reason}); delete the folder")
 
 
 @dataclass(frozen=True)
 class Index:
     """Lengths, counts and scores of all examples, in file order."""
 
-    score: np.ndarray
+    score: Values
     """float64 [examples]: score of the STS pair; 0 for IR"""
-    query_tokens: np.ndarray
+    query_tokens: Values
     """int32 [examples]: number of tokens of the query"""
-    positives: np.ndarray
+    positives: Values
     """int32 [examples]: number of positives; 1 for STS"""
-    negatives: np.ndarray
+    negatives: Values
     """int32 [examples]: number of negatives; 0 for STS"""
-    passage_offsets: np.ndarray
+    passage_offsets: Values
     """int64 [examples + 1]: example i has passages passage_offsets[i] … passage_offsets[i + 1] - 1"""
-    passage_tokens: np.ndarray
+    passage_tokens: Values
     """int32 [passages]: number of tokens; the positives of an example come before its negatives"""
-    passage_hashes: np.ndarray
+    passage_hashes: Values
     """uint64 [passages]: `Triple.hash` of each passage without its task instruction, in the same order"""
     folder: Path = Path()
     """The prepared dataset, for error messages."""
@@ -113,17 +127,22 @@ class Index:
     def open(cls, folder: Path, totals: Totals) -> "Index":
         """Maps the index of a prepared dataset into memory.
 
-        Checks the dtype, the shape and the size of each file, and the first and the last offset. Everything else is
-        checked where it is used, because that would take longer the larger the dataset is.
+        Checks the dtype, the shape and the size of each file, and the first and the last offset. Everything else,
+        checksums included, is checked where it is used, because that would take longer the larger the dataset is.
 
         Raises:
           UserError: If the index is damaged.
         """
         with read_errors(folder):
-            arrays = {name: _map_array(folder / INDEX / f"{name}.npy", name, totals) for name in DTYPES}
-            if arrays["passage_offsets"][0] != 0 or arrays["passage_offsets"][-1] != totals.passages:
+            sizes = {"passage_tokens": totals.passages, "passage_hashes": totals.passages}
+            sizes["passage_offsets"] = totals.examples + 1
+            columns = {
+                name: Column(folder / INDEX / f"{name}.npy", dtype, sizes.get(name, totals.examples))
+                for name, dtype in DTYPES.items()
+            }
+            if columns["passage_offsets"][[0, totals.examples]].tolist() != [0, totals.passages]:
                 raise ValueError("passage_offsets do not match the number of passages")
-        return cls(**arrays, folder=folder)
+        return cls(**columns, folder=folder)
 
     def __len__(self) -> int:
         return self.query_tokens.size
@@ -134,8 +153,8 @@ class Index:
         Raises:
           UserError: If the index is damaged.
         """
-        positives, negatives = self.positives[examples], self.negatives[examples]
         with read_errors(self.folder):
+            positives, negatives = self.positives[examples], self.negatives[examples]
             start, stop = self.passage_offsets[examples], self.passage_offsets[examples + 1]
             valid = (positives >= 1) & (negatives >= 0) & (start >= 0) & (stop <= self.passage_tokens.size)
             if not (valid & (stop - start == positives.astype(np.int64) + negatives)).all():
@@ -156,27 +175,35 @@ class Index:
         Raises:
           UserError: If the index is damaged.
         """
-        queries = self.query_tokens[examples]
-        tokens = self.passage_tokens[self.passage_offsets[examples][:, None] + np.maximum(passages, 0)]
-        lengths = np.concatenate([queries[:, None], tokens], axis=1)
         with read_errors(self.folder):
+            queries = self.query_tokens[examples]
+            tokens = self.passage_tokens[self.passage_offsets[examples][:, None] + np.maximum(passages, 0)]
+            lengths = np.concatenate([queries[:, None], tokens], axis=1)
             if not ((lengths >= 1) & (lengths <= limit)).all():
                 raise ValueError("lengths of texts are out of range")
         lengths[:, 1:][passages < 0] = 0
         return lengths
 
+    def hashes(self, examples: np.ndarray, passages: np.ndarray) -> np.ndarray:
+        """Returns the hashes of some passages, uint64 [n, m]; any for padding. See `lengths` for the arguments.
 
-def _map_array(path: Path, name: str, totals: Totals) -> np.ndarray:
-    size = totals.passages if name in ("passage_tokens", "passage_hashes") else totals.examples
-    if not path.is_file():
-        raise ValueError(f"{path.name}: not a file")
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    shape = (size + 1,) if name == "passage_offsets" else (size,)
-    if array.dtype != DTYPES[name] or array.shape != shape:
-        raise ValueError(f"{path.name}: expected {DTYPES[name]} {shape}, found {array.dtype} {array.shape}")
-    if path.stat().st_size != array.offset + array.nbytes:
-        raise ValueError(f"{path.name}: wrong size")
-    return np.asarray(array)  # without the slower subclass
+        Raises:
+          UserError: If the index is damaged.
+        """
+        with read_errors(self.folder):
+            return self.passage_hashes[self.passage_offsets[examples][:, None] + np.maximum(passages, 0)]
+
+    def positive_hashes(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the numbers of positives of some examples, int32 [n], and the hashes of all of them, uint64 [sum].
+
+        Raises:
+          UserError: If the index is damaged.
+        """
+        with read_errors(self.folder):
+            counts, starts = self.positives[examples], self.passage_offsets[examples]
+            ends = np.cumsum(counts)
+            rows = np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
+            return counts, self.passage_hashes[rows]
 
 
 class IndexWriter:
@@ -196,7 +223,7 @@ class IndexWriter:
         self._folder.mkdir(parents=True)
         self._stack = ExitStack()
         self._files = {
-            name: self._stack.enter_context(_ArrayFile(self._folder / f"{name}.npy", dtype))
+            name: self._stack.enter_context(ColumnWriter(self._folder / f"{name}.npy", dtype))
             for name, dtype in DTYPES.items()
         }
         self._files["passage_offsets"].write(np.zeros(1))
@@ -235,28 +262,3 @@ class IndexWriter:
         """Closes the files and writes the manifest."""
         self._stack.close()
         write_json(self._folder / MANIFEST, asdict(self._totals))
-
-
-class _ArrayFile:
-    """A one-dimensional .npy file that is written in pieces. A context manager."""
-
-    def __init__(self, path: Path, dtype: np.dtype):
-        self._path, self._dtype, self._size = path, dtype, 0
-
-    def __enter__(self) -> "_ArrayFile":
-        self._file: BinaryIO = self._path.open("xb")
-        self._write_header()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.seek(0)
-        self._write_header()  # has the same length for any size
-        self._file.close()
-
-    def _write_header(self) -> None:
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._size,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def write(self, values: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(values, self._dtype).data)
-        self._size += values.size

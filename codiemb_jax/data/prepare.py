@@ -6,26 +6,30 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
+from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
 from codiemb_jax.batch import Task
+from codiemb_jax.cache import shown
 from codiemb_jax.data.digest import file_digest
-from codiemb_jax.data.index import IndexWriter, is_complete
+from codiemb_jax.data.index import COMPLETE, IndexWriter, is_complete
 from codiemb_jax.data.processes import available_processors, write_in_processes
 from codiemb_jax.data.store import PreparedDataset
 from codiemb_jax.data.tokenize import DataFile, Outcome, write_lines
 from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.remote import download, exists, list_files, upload_folder
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.text.records import Lines, check_records, split_lines
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Part of the fingerprint. Increment it when the stored format changes."""
 
 PROCESS_BYTES = 2**23
@@ -44,6 +48,7 @@ def prepare(
     query_max_tokens: int,
     passage_max_tokens: int,
     cache: Path,
+    shared: epath.Path | None = None,
     beam_runner: str | None = None,
 ) -> PreparedDataset:
     """Tokenizes a data file, or reuses the dataset in `cache` if nothing it depends on has changed.
@@ -58,6 +63,7 @@ def prepare(
       query_max_tokens: Maximum number of tokens of queries and of texts of STS pairs.
       passage_max_tokens: Maximum number of tokens of passages.
       cache: The folder of all prepared datasets.
+      shared: A remote folder of prepared datasets: the dataset is copied from there if it is there, otherwise to there.
       beam_runner: Name of the runner with which Apache Beam tokenizes; None for processes on this machine.
 
     Raises:
@@ -79,7 +85,10 @@ def prepare(
         raise UserError(
             f"the cache {cache} cannot be read ({error.strerror}); set CODIEMB_JAX_CACHE to another folder"
         ) from error
+    damaged = False
     if not complete:
+        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+            raise UserError(f"{folder}: is not a folder; move it away")
         try:
             cache.mkdir(parents=True, exist_ok=True)
             # The host and the process id in the name distinguish leftovers of killed processes from folders in use.
@@ -93,14 +102,56 @@ def prepare(
         with scratch:
             unfinished = Path(scratch.name) / "unfinished"
             try:
-                file = DataFile(path, task, tokenizer, query_max_tokens, passage_max_tokens)
-                write_dataset(file, unfinished, beam_runner)
-                if file_digest(path, cache) != digest:
-                    raise UserError(f"{path}: changed while it was read; run again")
+                copied = shared is not None and _copy_shared(path, task, shared / folder.name, unfinished)
+                if not copied:
+                    damaged = unfinished.exists()
+                    if damaged:
+                        shutil.rmtree(unfinished)
+                    file = DataFile(path, task, tokenizer, query_max_tokens, passage_max_tokens)
+                    write_dataset(file, unfinished, beam_runner)
+                    if file_digest(path, cache) != digest:
+                        raise UserError(f"{path}: changed while it was read; run again")
                 _move_into_place(unfinished, folder)
             except OSError as error:
-                raise UserError(f"{path}: cannot be prepared in the cache {cache}: {error}") from error
-    return PreparedDataset(path, task, folder)
+                raise UserError(f"{shown(path)}: cannot be prepared in the cache {cache}: {error}") from error
+    dataset = PreparedDataset(path, task, folder)
+    if shared is not None:
+        _share(folder, shared / folder.name, damaged)
+    return dataset
+
+
+def _copy_shared(path: Path, task: Task, remote: epath.Path, unfinished: Path) -> bool:
+    """Copies a prepared dataset from a remote folder. Returns whether it was there, and undamaged.
+
+    If it was damaged, or changed while it was read, at least the folder `unfinished` is left.
+    """
+    found = list_files(remote)
+    if COMPLETE not in found:
+        return False
+    unfinished.mkdir()
+    try:
+        download(remote, found, unfinished)
+        PreparedDataset(path, task, unfinished)
+    except UserError as error:
+        print(f"note: the shared dataset is not used, but prepared again: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _share(folder: Path, remote: epath.Path, replace: bool) -> None:
+    """Copies a prepared dataset to a remote folder, if it is not there. Without permission to do so, prints a note.
+
+    Args:
+      folder: The folder of the dataset.
+      remote: The remote folder.
+      replace: Whether what is there is damaged.
+    """
+    try:
+        # Files that are there are not replaced otherwise, because another machine may be reading them.
+        if replace or not exists(remote / COMPLETE):
+            upload_folder(folder, remote, last=[COMPLETE], replace=replace)
+    except UserError as error:
+        print(f"note: the prepared dataset is not shared: {error}", file=sys.stderr)
 
 
 def _move_into_place(unfinished: Path, folder: Path) -> None:

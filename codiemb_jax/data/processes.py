@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from codiemb_jax.cache import shown
 from codiemb_jax.data.tokenize import DataFile, Outcome, write_lines
 from codiemb_jax.errors import UserError
 from codiemb_jax.text.records import Lines
@@ -60,8 +61,8 @@ def write_in_processes(file: DataFile, parts: Iterable[Lines], folder: Path, wor
             yield outcome
     except BrokenProcessPool as error:
         raise UserError(
-            f"{file.path}: a process that tokenizes it ended, perhaps because memory ran out; run again with more "
-            "memory, or with fewer processors (taskset)"
+            f"{shown(file.path)}: a process that tokenizes it ended, perhaps because memory ran out; run again with "
+            "more memory, or with fewer processors (taskset)"
         ) from error
     finally:
         sender.close()  # ends the processes at once

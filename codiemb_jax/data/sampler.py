@@ -21,6 +21,8 @@ from codiemb_jax.data.permutation import permute
 from codiemb_jax.errors import UserError, format_problems
 
 _SHUFFLE, _BATCHES, _CHOICES, _SUBSET = range(4)  # independent random streams
+_BLOCK_KEYS = 2**20
+"""Number of random keys that are sorted at a time to choose passages."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +238,15 @@ def _choose(counts: np.ndarray, num_draws: int, rng: np.random.Generator) -> np.
     Returns:
       Indices of texts, int [examples, num_draws]; -1 for examples without texts.
     """
-    max_count = int(counts.max(initial=0))
-    keys = rng.random((counts.size, max(max_count, 1)))
-    keys[np.arange(keys.shape[1]) >= counts[:, None]] = np.inf  # sorts padding last
-    order = np.argsort(keys, axis=1)
-    draws = np.arange(num_draws) % np.maximum(counts, 1)[:, None]
-    return np.where(counts[:, None] > 0, np.take_along_axis(order, draws, axis=1), -1)
+    max_count = max(int(counts.max(initial=0)), 1)
+    chosen = np.empty((counts.size, num_draws), int)
+    # Some examples at a time, as a single one may have very many texts. This does not change what is drawn.
+    block_size = max(_BLOCK_KEYS // max_count, 1)
+    for start in range(0, counts.size, block_size):
+        block = counts[start : start + block_size, None]
+        keys = rng.random((len(block), max_count))
+        keys[np.arange(max_count) >= block] = np.inf  # sorts padding last
+        order = np.argsort(keys, axis=1)
+        draws = np.arange(num_draws) % np.maximum(block, 1)
+        chosen[start : start + block_size] = np.where(block > 0, np.take_along_axis(order, draws, axis=1), -1)
+    return chosen

@@ -1,6 +1,5 @@
 """Prepared datasets: tokens in ArrayRecord files, and an index for planning without reading them."""
 
-import os
 import resource
 from contextlib import suppress
 from functools import cached_property
@@ -11,12 +10,13 @@ import numpy as np
 
 from codiemb_jax.batch import Task
 from codiemb_jax.data.index import Index, Totals, read_errors
-from codiemb_jax.errors import UserError
-from codiemb_jax.files import local_path, read_json
+from codiemb_jax.files import read_json
 from codiemb_jax.text.rows import Texts
 
 BUILDER, BUILDER_VERSION = "tokenized_texts", "2.0.0"
 """Name and version of the TensorFlow Datasets builder in `records`, which names the folders of each part."""
+RECORD_FILES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+"""How the builder names files of records."""
 
 
 class PreparedDataset:
@@ -63,19 +63,19 @@ class PreparedDataset:
           UserError: If the dataset is damaged, or its texts do not have the lengths in the index.
         """
         index = self.index
-        starts = index.passage_offsets[examples]
-        counts = index.passage_offsets[examples + 1] - starts
         with read_errors(self.folder):
+            starts = index.passage_offsets[examples]
+            counts = index.passage_offsets[examples + 1] - starts
             if not ((starts >= 0) & (counts >= 1) & (starts + counts <= self.totals.passages)).all():
                 raise ValueError("passage_offsets are out of range")
         queries = np.cumsum(counts + 1) - (counts + 1)
         is_passage = np.ones(int(counts.sum()) + counts.size, bool)
         is_passage[queries] = False
         expected = np.empty(is_passage.size, np.int32)
-        expected[queries] = index.query_tokens[examples]
         rows = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
-        expected[is_passage] = index.passage_tokens[rows]
         with read_errors(self.folder):
+            expected[queries] = index.query_tokens[examples]
+            expected[is_passage] = index.passage_tokens[rows]
             records = self._records.__getitems__(examples.tolist())
             ids, lengths, content_starts = (
                 np.concatenate([np.empty(0, np.int32), *(record[name] for record in records)])
@@ -91,23 +91,11 @@ class PreparedDataset:
         """Returns the scores of `examples`, given as indices in file order, as float32 [examples]; NaN for IR."""
         if self.task == "ir":
             return np.full(len(examples), np.nan, np.float32)
-        scores = self.index.score[examples]
         with read_errors(self.folder):
+            scores = self.index.score[examples]
             if not ((scores >= self.totals.min_score) & (scores <= self.totals.max_score)).all():
                 raise ValueError("scores are out of range")
         return scores.astype(np.float32)
-
-
-def cache_folder() -> Path:
-    """Returns the cache folder, for prepared datasets: $CODIEMB_JAX_CACHE, or ~/.cache/codiemb_jax.
-
-    Raises:
-      UserError: If it is not a local path, or there is no home directory.
-    """
-    try:
-        return local_path(os.environ.get("CODIEMB_JAX_CACHE") or "~/.cache/codiemb_jax").absolute()
-    except ValueError as error:
-        raise UserError(f"CODIEMB_JAX_CACHE: {error}; set it to the folder of the cache") from error
 
 
 def _raise_file_limit() -> None:
@@ -143,6 +131,11 @@ def open_parts(folder: Path) -> Any:
         # TensorFlow Datasets would import whatever classes this file names.
         if read_json(part / "features.json", dict) != expected:
             raise ValueError("features.json has unknown features")
-        if not all(path.is_file() for path in part.iterdir()):
+        # Names in this file lead to the records.
+        info = read_json(part / "dataset_info.json", dict)
+        splits = [(split.get("name"), split.get("filepathTemplate")) for split in info.get("splits", [])]
+        if (info.get("name"), info.get("fileFormat"), splits) != (BUILDER, "array_record", [("train", RECORD_FILES)]):
+            raise ValueError("dataset_info.json has unknown names")
+        if not all(path.is_file() and not path.is_symlink() for path in part.iterdir()):
             raise ValueError(f"{part.parent.parent.name}: contains something that is not a file")
     return tfds.builder_from_directories(parts).as_data_source(split="train")

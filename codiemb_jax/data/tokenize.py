@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from codiemb_jax.batch import Task
+from codiemb_jax.cache import shown
 from codiemb_jax.data.store import BUILDER, BUILDER_VERSION, stored_features
 from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Lines, Record, Triple, read_lines
@@ -72,6 +73,7 @@ class LineTokenizer:
 
     def __init__(self, file: DataFile):
         self._file = file
+        self._name = shown(file.path)
         self._outcome = Outcome()
         self._score: list[float] = []
         self._positives: list[int] = []
@@ -122,7 +124,7 @@ class LineTokenizer:
         passages: list[tuple[str, Triple]] = []
         others = queries if self._file.task == "sts" else passages
         for record in batch:
-            line = f"{self._file.path}:{record.line}"
+            line = f"{self._name}:{record.line}"
             queries.append((f"{line}: query", record.query))
             others += [(f"{line}: positives[{i}]", triple) for i, triple in enumerate(record.positives)]
             others += [(f"{line}: negatives[{i}]", triple) for i, triple in enumerate(record.negatives)]

@@ -43,7 +43,8 @@ def _linear(x: jax.Array, weight: jax.Array, precision: Any) -> jax.Array:
 
 
 def _linear_forward(x: jax.Array, weight: jax.Array, precision: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _linear(x, weight, precision), (x, weight)
+    # Not `_linear`, inside which rematerialization policies would not see the product.
+    return jnp.matmul(x, weight, precision=precision), (x, weight)
 
 
 def _linear_backward(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -117,6 +117,7 @@ class PromptTokenizer:
         return prompt_texts(self._prompt)
 
     default_prompt_name: str | None = None
+    takes_instructions = True
 
     def query_prompt(self, instruction: str) -> str:
         """Returns the prompt of queries with this task instruction; without an instruction, only `begin`."""
@@ -207,6 +208,36 @@ class PromptTokenizer:
                 f"expected tokens among {', '.join(sorted(special)[:20])}"
             )
         return ids
+
+
+def tokenize_groups(
+    tokenize: Callable[[str, Sequence[str]], list[Tokens]], texts: Sequence[str], prompts: Sequence[str]
+) -> list[Tokens]:
+    """Tokenizes each text after its own prompt, with a call for each different prompt.
+
+    Args:
+      tokenize: Tokenizes texts after a prompt.
+      texts: The texts.
+      prompts: The prompt of each.
+
+    Raises:
+      EmptyContentError: If texts would have no content token.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(i)
+    tokens: dict[int, Tokens] = {}
+    min_limits: dict[int, int] = {}
+    no_tokens: list[int] = []
+    for prompt, indices in by_prompt.items():
+        try:
+            tokens |= zip(indices, tokenize(prompt, [texts[i] for i in indices]), strict=True)
+        except EmptyContentError as error:
+            min_limits |= {indices[i]: limit for i, limit in error.min_limits.items()}
+            no_tokens += [indices[i] for i in error.no_tokens]
+    if min_limits or no_tokens:
+        raise EmptyContentError(min_limits, no_tokens)
+    return [tokens[i] for i in range(len(texts))]
 
 
 def prompt_texts(prompt: PromptSettings) -> dict[str, str]:

@@ -3,18 +3,15 @@
 import hashlib
 import json
 import math
-import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from codiemb_jax.batch import Task
+from codiemb_jax.cache import shown
 from codiemb_jax.errors import UserError, format_problems
-from codiemb_jax.files import is_unicode
 
-EXTENSIONS = (".json", ".jsonl")
 REQUIRED = ("task_type", "query", "positives")
 OPTIONAL = ("negatives", "positive_scores", "negative_scores", "meta_data")
 """`meta_data` may have any value and is ignored, as in the original."""
@@ -58,67 +55,6 @@ class Record(NamedTuple):
     positives: tuple[Triple, ...]
     negatives: tuple[Triple, ...]
     score: float | None
-
-
-def find_files(paths: Sequence[Path], setting: str) -> list[Path]:
-    """Finds the data files under `paths` and returns them sorted by path, in the same order on every host.
-
-    Args:
-      paths: .json and .jsonl files, or folders to search recursively for such files.
-      setting: Name of the setting with the paths, for error messages.
-
-    Raises:
-      UserError: If a path does not exist, is not a data file, or is a folder without any, or if a file is found twice.
-    """
-    files: list[Path] = []
-    problems: list[str] = []
-    for path in paths:
-        try:
-            status = path.stat()
-            if stat.S_ISDIR(status.st_mode):
-                found = [file for file in path.rglob("*") if file.suffix in EXTENSIONS and file.is_file()]
-                if not found:
-                    problems.append(f"{path}: the folder contains no .json or .jsonl files")
-                files += found
-            elif not stat.S_ISREG(status.st_mode):  # reading a pipe would block, and works only once
-                problems.append(f"{path}: not a file or folder")
-            elif path.suffix not in EXTENSIONS:
-                problems.append(
-                    f"{path}: expected a .json or .jsonl file, or a folder (the data guide shows how to convert CSV)"
-                )
-            else:
-                files.append(path)
-        except FileNotFoundError:
-            problems.append(f"{path}: no such file or folder")
-        except OSError as error:
-            problems.append(f"{path}: cannot be read: {error.strerror}")
-    problems += [
-        f"{ascii(str(file))}: the name is not valid UTF-8; rename the file"
-        for file in files
-        if not is_unicode(str(file))
-    ]
-    problems += [f"{file}: permission denied; make the file readable" for file in files if not os.access(file, os.R_OK)]
-    by_inode: dict[tuple[int, int], list[Path]] = {}
-    for file in files:
-        status = file.stat()  # symbolic and hard links have the inode of their target
-        by_inode.setdefault((status.st_dev, status.st_ino), []).append(file)
-    for names in by_inode.values():
-        if len(names) > 1:
-            problems.append(
-                f"{' and '.join(map(str, names))}: the same file is listed {len(names)} times; list it once"
-            )
-    if problems:
-        raise UserError(f"{setting}:\n{format_problems(problems)}")
-    return sorted(files)
-
-
-def dataset_names(files: Sequence[Path]) -> list[str]:
-    """Returns unique names of files for metrics: their stems, file names or paths, whichever is the first to differ."""
-    for name in (lambda file: file.stem, lambda file: file.name):
-        counts = Counter(map(name, files))
-        if max(counts.values(), default=0) <= 1:
-            return [name(file) for file in files]
-    return [str(file) for file in files]
 
 
 def read_records(path: Path, task: Task) -> Iterator[Record]:
@@ -171,7 +107,7 @@ def read_lines(path: Path, task: Task, lines: Lines, problems: list[str]) -> Ite
                 if isinstance(record, Record):
                     yield record
                 else:
-                    problems += [f"{path}:{number}: {problem}" for problem in record]
+                    problems += [f"{shown(path)}:{number}: {problem}" for problem in record]
             remaining -= len(line)
             number += 1
 
@@ -191,7 +127,7 @@ def check_records(path: Path, task: Task, empty: bool, problems: Sequence[str]) 
     if problems:
         raise UserError(f"invalid {task} data:\n{format_problems(problems)}")
     if empty:
-        raise UserError(f"{path}: the file is empty, expected one JSON object per line")
+        raise UserError(f"{shown(path)}: the file is empty, expected one JSON object per line")
 
 
 class _Object:

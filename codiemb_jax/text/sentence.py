@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
 from codiemb_jax.config import Flag
 from codiemb_jax.errors import UserError
-from codiemb_jax.text.prompts import Tokens, split_list, tokenizer_errors
+from codiemb_jax.text.prompts import EmptyContentError, Tokens, split_list, tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,6 +26,18 @@ class SentencePrompts(BaseModel):
     include_prompt: Flag = True
     """Whether pooling includes the prompt."""
     do_lower_case: Flag = False
+    query_template: str | None = None
+    """Query prompt with the placeholder {instruction}, without `begin`. sentence-transformers ignores it. None if the
+    folder is not an export of this project."""
+    begin: str = ""
+    """Special tokens before every text, which `prompts` include; the prompt of queries without an instruction."""
+
+    @field_validator("query_template")
+    @classmethod
+    def _check_placeholder(cls, template: str | None) -> str | None:
+        if template and template.count("{instruction}") != 1:
+            raise ValueError("must contain the placeholder {instruction} exactly once")
+        return template
 
 
 class SentenceTokenizer:
@@ -42,13 +54,30 @@ class SentenceTokenizer:
         self.prompts = {"query": "", "document": ""} | prompts.prompts
         self.default_prompt_name = prompts.default_prompt_name
 
+    @property
+    def takes_instructions(self) -> bool:
+        """Whether the prompt of queries has a placeholder for an instruction."""
+        return self._settings.query_template is not None
+
+    def query_prompt(self, instruction: str) -> str:
+        """Returns the prompt of queries with this task instruction; without an instruction, only `begin`.
+
+        Raises:
+          UserError: If the model's prompts take no instruction.
+        """
+        if self._settings.query_template is None:
+            raise UserError("this model's prompts have no placeholder for an instruction; give the whole prompt")
+        template = self._settings.query_template if instruction else ""
+        return self._settings.begin + template.replace("{instruction}", instruction)
+
     def tokenize(self, texts: Sequence[str], prompt: str, max_tokens: int) -> list[Tokens]:
         """Tokenizes each text after `prompt` into at most `max_tokens` tokens, including special tokens.
 
         The number of prompt tokens is counted by tokenizing the prompt alone, as in sentence-transformers.
 
         Raises:
-          UserError: If `max_tokens` leaves no room for a text, a text has no tokens, or tokenizer.json is invalid.
+          EmptyContentError: If texts have no tokens.
+          UserError: If `max_tokens` leaves no room for a text, or tokenizer.json is invalid.
         """
         special = self._tokenizer.num_special_tokens_to_add(False)
         if max_tokens <= special:
@@ -70,7 +99,7 @@ class SentenceTokenizer:
             ]
         empty = [i for i, text in enumerate(tokens) if not text.ids.size]
         if empty:
-            raise UserError(f"the tokenizer produces no tokens for {len(empty)} texts, the first is text {empty[0]}")
+            raise EmptyContentError({}, empty)
         if any(text.ids.size > max_tokens for text in tokens):
             raise UserError(f"invalid tokenizer.json: the tokenizer produces more than the {max_tokens} tokens allowed")
         return tokens

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 import jax
@@ -12,7 +13,7 @@ from codiemb_jax.config import Settings
 from codiemb_jax.data.layout import BatchLayout
 from codiemb_jax.models.build import Params
 from codiemb_jax.training.chips import Chip
-from codiemb_jax.training.collectives import count_collective_bytes
+from codiemb_jax.training.collectives import CollectiveBytes, count_collective_bytes
 from codiemb_jax.training.flops import count_flops
 from codiemb_jax.training.optimizer import make_optimizer
 from codiemb_jax.training.schedule import make_schedule
@@ -48,9 +49,9 @@ class StepEstimate:
     """Bytes of all buffers that exist only during the step; None if it does not fit."""
     fits: bool
     flops: float
-    """Operations of all matrix products, with padding and with what is computed again."""
+    """Operations of all matrix products, with padding and recomputation."""
     collective_bytes: int | None
-    """Bytes exchanged with other devices; None if the step does not fit."""
+    """Bytes exchanged with other devices; None if the step does not fit, or the compiler cannot show its program."""
     exposed_collective_bytes: int | None
     """Those exchanged while the device computes nothing."""
     seconds: float | None
@@ -92,24 +93,32 @@ def estimate_step(step: jax.stages.Traced, mesh: jax.sharding.Mesh, chip: Chip) 
     is_tpu = mesh.devices.flat[0].platform == "tpu"
     arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.peak_memory_in_bytes if is_tpu else arguments + results + memory.temp_size_in_bytes
-    collectives = count_collective_bytes(compiled.as_text())
+    collectives: CollectiveBytes | None = None
+    with suppress(jax.errors.JaxRuntimeError):  # some programs with asynchronous calls cannot be shown
+        collectives = count_collective_bytes(compiled.as_text())
     seconds = None
     if chip.flops and chip.memory_bandwidth and chip.link_bandwidth:
         # Every step reads and writes at least the whole state.
         transferred = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        seconds = max(flops / chip.flops, transferred / chip.memory_bandwidth, collectives.total / chip.link_bandwidth)
+        sent = collectives.total if collectives else 0
+        seconds = max(flops / chip.flops, transferred / chip.memory_bandwidth, sent / chip.link_bandwidth)
     return StepEstimate(
         needed,
         memory.temp_size_in_bytes,
         is_tpu or chip.memory is None or needed <= chip.memory,  # the compiler for TPUs refuses what does not fit
         flops,
-        collectives.total,
-        collectives.exposed,
+        collectives and collectives.total,
+        collectives and collectives.exposed,
         seconds,
     )
 
 
 def needed_memory(error: str) -> float | None:
     """Returns the bytes that a program needs, from the compiler's message that it does not fit; None for others."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", error)
+    messages = (
+        r"Used {} of [\d.]+[KMGT]? hbm",
+        r"total memory required for HLO temporaries \({}\) exceeds available HBM",
+    )
+    size = r"([\d.]+)([KMGT]?)"
+    used = next(filter(None, (re.search(message.format(size), error) for message in messages)), None)
     return float(used[1]) * UNITS[used[2]] if used else None

@@ -30,7 +30,7 @@ class MetricsLog:
     one line.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, names: Sequence[str], done: int, total: int):
+    def __init__(self, path: Path, tensorboard: Path, names: Sequence[str], done: int, total: int, shown: str):
         """Opens the log.
 
         Args:
@@ -39,11 +39,12 @@ class MetricsLog:
           names: The names of the datasets.
           done: Number of steps done at the checkpoint; 0 for a new run.
           total: Number of steps of the whole run.
+          shown: The path of metrics.jsonl in messages.
 
         Raises:
           UserError: If lines of steps before the checkpoint are missing or damaged.
         """
-        _truncate(path, done)
+        _truncate(path, done, shown)
         self._names = names
         self._last = time.perf_counter()
         self._file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered
@@ -118,13 +119,13 @@ class MetricsLog:
         self._board.flush()
 
 
-def _truncate(path: Path, done: int) -> None:
+def _truncate(path: Path, done: int, shown: str) -> None:
     """Keeps the lines of steps 0 … done - 1 and removes those that a killed run wrote after its checkpoint."""
     lines = path.read_bytes().splitlines(keepends=True)[:done] if path.exists() else []
     valid = next((step for step, line in enumerate(lines) if not _is_line_of(line, step)), len(lines))
     if valid < done:
         raise UserError(
-            f"{path}: contains only {valid} of the {done} lines before the checkpoint; restore the file, or start "
+            f"{shown}: contains only {valid} of the {done} lines before the checkpoint; restore the file, or start "
             "over in another output_dir"
         )
     write_atomically(path, b"".join(lines).decode())

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from codiemb_jax.batch import TASKS, StepTask
+from codiemb_jax.batch import StepTask
+from codiemb_jax.cache import shown
 from codiemb_jax.checkpoints.export import write_export
 from codiemb_jax.checkpoints.model import PretrainedModel
 from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_passthrough, restore_run
@@ -19,13 +19,14 @@ from codiemb_jax.config import CheckpointSettings, Settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.distributed import first_value, is_first_process, log_console, preemption, to_host
+from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import replicate, row_sharding
 from codiemb_jax.training.finite import NonFiniteSteps, check_weights, count_skipped
 from codiemb_jax.training.log import MetricsLog
 from codiemb_jax.training.optimizer import make_optimizer
-from codiemb_jax.training.run import Run, attention_backend, held_out_paths
-from codiemb_jax.training.run_folder import HeldOutMetrics
+from codiemb_jax.training.run import Run, attention_backend
+from codiemb_jax.training.run_folder import HeldOutMetrics, RunFolder
 from codiemb_jax.training.schedule import make_schedule
 from codiemb_jax.training.state import TrainState, abstract_state, initial_state
 from codiemb_jax.training.step import Metrics, make_step
@@ -54,7 +55,7 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
     """
     settings, model, folder = run.setup.settings, run.setup.model, run.folder
     with jax.set_mesh(run.setup.mesh), folder.write_errors(), ExitStack() as stack:
-        done = first_value(folder.latest_step())
+        done = first_value(folder.done)
         if done:  # takes all weights from the checkpoint, because the model's folder may have changed
             initial, passthrough = None, restore_passthrough(folder.checkpoints, done)
         else:
@@ -62,12 +63,13 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
             passthrough = {name: np.asarray(weight) for name, weight in model.stream_passthrough().items()}
         # Locked only now, so that a model that cannot be loaded leaves no folder behind.
         if is_first_process():
-            stack.enter_context(folder.locked(done))
+            stack.enter_context(folder.locked())
             if initial is not None:
                 folder.create(settings, run.inputs)
         folder.check_shared()
         console = log_console()
-        console.print(f"attention backend: {attention_backend(run.setup)}")
+        xla_steps = ", xla in training steps because attention has dropout" if model.config.attention_dropout else ""
+        console.print(f"attention backend: {attention_backend(run.setup)}{xla_steps}")
         log_overrides(console, settings, model)
         log_data_problems(console, run)
         if initial is not None:
@@ -118,7 +120,8 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
         checkpoints = stack.enter_context(closing(RunCheckpoints(folder.checkpoints, settings.checkpoint.keep)))
         log: MetricsLog | None = None
         if is_first_process():
-            log = stack.enter_context(MetricsLog(folder.metrics, folder.tensorboard, run.names, done, run.steps))
+            stack.push(partial(publish_after_failure, folder))
+            log = stack.enter_context(open_log(run, done))
         non_finite = NonFiniteSteps(settings, run.names, first_value(count_skipped(folder.metrics) if log else 0))
         is_preempted = stack.enter_context(preemption())
         pending: tuple[StepPlan, Metrics] | None = None  # the metrics of a step are fetched while the next one runs
@@ -144,11 +147,27 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
                 pending = None
                 if log is not None:
                     log.flush()
+                    folder.publish_logs()
                 check_weights(state.params, done)
                 checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
             if preempted:
                 raise Preempted
     return state.params
+
+
+def open_log(run: Run, done: int) -> MetricsLog:
+    """Opens the metrics of a run after `done` steps. See `MetricsLog`."""
+    folder = run.folder
+    return MetricsLog(
+        folder.metrics, folder.tensorboard, run.names, done, run.steps, shown=folder.shown(folder.metrics)
+    )
+
+
+def publish_after_failure(folder: RunFolder, error: type[BaseException] | None, *_: object) -> None:
+    """Publishes the metrics of the steps since the last checkpoint, unless there is no error or it prevents that."""
+    if error is not None and folder.metrics.exists():
+        with suppress(UserError, OSError):
+            folder.publish_logs()
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -172,7 +191,7 @@ def log_overrides(console: Console, settings: Settings, model: PretrainedModel) 
         current = getattr(settings.model, name)
         if stored is not None and stored != current:
             console.print(
-                f"note: model.{name} is {current}, but {Path(settings.model.path)} has {stored}",
+                f"note: model.{name} is {current}, but {model.folder.path} has {stored}",
                 soft_wrap=True,
                 markup=False,
             )
@@ -180,14 +199,13 @@ def log_overrides(console: Console, settings: Settings, model: PretrainedModel) 
 
 def log_data_problems(console: Console, run: Run) -> None:
     """Logs training files that are also held-out data, and files with scores outside [0, 1]."""
-    settings = run.setup.settings
-    held_out = {path.resolve() for task in TASKS for path in held_out_paths(settings, task)}
+    held_out = {path.resolve() for path in run.held_out}
     for dataset in run.datasets:
         if dataset.path.resolve() in held_out:
-            console.print(f"note: {dataset.path} is both training and held-out data", soft_wrap=True, markup=False)
+            name = shown(dataset.path)
+            console.print(f"note: {name} is both training and held-out data", soft_wrap=True, markup=False)
         totals = dataset.totals
         if totals.min_score < 0 or totals.max_score > 1:
             span = f"{totals.min_score:g} to {totals.max_score:g}"
-            console.print(
-                f"note: {dataset.path} has scores from {span}; scale them to [0, 1]", soft_wrap=True, markup=False
-            )
+            name = shown(dataset.path)
+            console.print(f"note: {name} has scores from {span}; scale them to [0, 1]", soft_wrap=True, markup=False)

@@ -1,5 +1,6 @@
 """Finds out whether the steps of a configuration fit on given devices, and the smallest change with which they do."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ import jax
 import numpy as np
 
 from codiemb_jax.batch import StepTask
+from codiemb_jax.cache import cache_folder
 from codiemb_jax.checkpoints.families import get_family
-from codiemb_jax.checkpoints.model import resolve_model_path
+from codiemb_jax.checkpoints.model import adapt_config, resolve_model_path
 from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, is_checkpoint
 from codiemb_jax.config import Settings
 from codiemb_jax.config_file import find_config, load_settings
@@ -18,6 +20,7 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.files import read_json
 from codiemb_jax.models.attention import choose_backend
 from codiemb_jax.models.build import Params, abstract_model
+from codiemb_jax.remote import fetch_file, is_remote, remote_path
 from codiemb_jax.sharding import make_mesh, row_shards
 from codiemb_jax.training.ahead import trace_step
 from codiemb_jax.training.chips import Chip, chip_of
@@ -48,7 +51,10 @@ class Report:
     steps: dict[StepTask, StepEstimate]
 
     @property
-    def fits(self) -> bool:
+    def fits(self) -> bool | None:
+        """Whether all steps fit; None if it is not known how much memory the devices have."""
+        if self.chip.memory is None:
+            return None
         return all(step.fits for step in self.steps.values())
 
 
@@ -70,7 +76,9 @@ class Preflight:
         self._devices, self._chip = devices, chip_of(devices[0])
         hf = model_config(settings.model.path)
         self._family = get_family(hf)
-        self._config = self._family.read_config(hf)
+        max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
+        path = Path(settings.model.path) / "config.json"
+        self._config = adapt_config(self._family.read_config(hf), self._family, settings.model, max_tokens, path)
         self._check(self.settings)
 
     def _check(self, settings: Settings) -> jax.sharding.Mesh:
@@ -114,13 +122,11 @@ class Preflight:
         mesh = self._check(settings)
         graph, params = self._model(settings, mesh)
         shapes = self._shapes(settings, mesh, task)
-        dropout = self._config.has_dropout if settings.model.dropout is None else settings.model.dropout > 0
-        return trace_step(settings, graph, params, task, shapes.layout, shapes.passages, dropout), shapes
+        has_dropout = self._config.has_dropout
+        return trace_step(settings, graph, params, task, shapes.layout, shapes.passages, has_dropout), shapes
 
     def _model(self, settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Params]:
-        config, dropout = self._config, settings.model.dropout
-        config = config if dropout is None else config.with_dropout(dropout)
-        return abstract_model(self._family.model, config, settings.model, mesh)
+        return abstract_model(self._family.model, self._config, settings.model, mesh)
 
     def _shapes(self, settings: Settings, mesh: Any, task: StepTask) -> Shapes:
         """Returns the shapes of a batch of texts with the assumed lengths."""
@@ -149,8 +155,7 @@ class Preflight:
         Returns:
           The changed settings and the report with them; None if nothing that was tried fits.
         """
-        rows = max(shapes.layout.rows for shapes in report.shapes.values())
-        counts = chunk_counts(report.settings.encode_chunks, rows)
+        counts = self._chunk_counts(report)
         for changes in candidates(report.settings, len(self._devices)):
             options = (
                 [changes | {"encode_chunks": count} for count in counts] if "encode_chunks" in changes else [changes]
@@ -158,6 +163,16 @@ class Preflight:
             if found := self._first_that_fits(options):
                 return found
         return None
+
+    def _chunk_counts(self, report: Report) -> list[int]:
+        """Returns the numbers of chunks to try."""
+        settings = report.settings
+        rows = max(shapes.layout.rows for shapes in report.shapes.values())
+        if settings.data.packing:
+            return chunk_counts(settings.encode_chunks, rows)
+        shards = row_shards(self._check(settings))
+        examples = math.gcd(*(task.global_batch_size // shards for task in settings.tasks))
+        return [count for count in range(settings.encode_chunks + 1, examples + 1) if examples % count == 0]
 
     def _first_that_fits(self, options: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Report] | None:
         """Returns the first of some changes that fits, if each needs less memory than the one before."""
@@ -182,6 +197,8 @@ def model_config(path: str) -> dict[str, Any]:
     Raises:
       UserError: If it is none of these.
     """
+    if is_remote(path):
+        return read_json(fetch_file(remote_path(path) / "config.json", cache_folder()), dict)
     if not Path(path).expanduser().is_dir():
         for shape in sorted(SHAPES.glob("*.json")):
             if load_settings(find_config(shape.stem)).model.path == path:

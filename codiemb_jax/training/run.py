@@ -9,21 +9,24 @@ from pathlib import Path
 import jax
 
 from codiemb_jax.batch import TASKS, Task
+from codiemb_jax.cache import cache_folder, remote_cache
 from codiemb_jax.checkpoints.export import check_exportable
 from codiemb_jax.checkpoints.model import PretrainedModel, open_model
 from codiemb_jax.config import MAX_INT, Settings
+from codiemb_jax.data.find import dataset_names, find_files
 from codiemb_jax.data.layout import Layout, PackedLayout, PaddedLayout
 from codiemb_jax.data.mixed import MixedPlan
 from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Plan, Source
-from codiemb_jax.data.store import PreparedDataset, cache_folder
+from codiemb_jax.data.store import PreparedDataset
 from codiemb_jax.distributed import check_same, in_turns
 from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.models.attention import ROW_MULTIPLES, Backend, choose_backend
 from codiemb_jax.objectives.registry import OBJECTIVES
-from codiemb_jax.sharding import make_mesh, row_shards
+from codiemb_jax.remote import Location, original
+from codiemb_jax.sharding import find_devices, make_mesh, row_shards
 from codiemb_jax.text.prompts import PromptTokenizer
-from codiemb_jax.text.records import dataset_names, find_files
+from codiemb_jax.training.remote_folder import open_run_folder
 from codiemb_jax.training.run_folder import RunFolder
 from codiemb_jax.training.state import HOST_MEMORY
 from codiemb_jax.training.step import needs_texts
@@ -52,6 +55,8 @@ class Run:
     datasets: Sequence[PreparedDataset]
     names: Sequence[str]
     """The names of the datasets."""
+    held_out: Sequence[Path]
+    """The held-out files."""
     plan: Plan
     steps: int
     folder: RunFolder
@@ -66,7 +71,9 @@ def open_training_model(settings: Settings) -> TrainingSetup:
       UserError: If the model cannot be used, or the mesh or batch sizes are invalid.
     """
     check_objectives(settings)
-    settings = with_platform_defaults(settings, jax.default_backend())
+    settings = with_platform_defaults(settings, find_devices()[0].platform)
+    if jax.config.read("jax_enable_x64"):
+        raise UserError("JAX_ENABLE_X64 is set, which would change the results; unset it")
     mesh = make_mesh(settings.mesh)
     check_batch_sizes(settings, row_shards(mesh))
     if settings.optimizer.offload:
@@ -87,15 +94,18 @@ def open_run(setup: TrainingSetup) -> Run:
       UserError: If the data or output_dir cannot be used.
     """
     settings = setup.settings
-    folder = RunFolder(settings.output_dir)
+    cache = cache_folder()
+    folder = open_run_folder(settings.output_dir, cache)
     files = find_data(settings)
-    input_paths = {
-        "model.path": [setup.model.folder.path],
+    held_out = {task: find_files(getattr(settings.evaluation, task), f"evaluation.{task}") for task in TASKS}
+    input_paths: dict[str, list[Location]] = {
+        "model.path": [original(setup.model.folder.path, cache)],
         **{f"data.{task}": [*getattr(settings.data, task), *files[task]] for task in TASKS},
-        **{f"evaluation.{task}": held_out_paths(settings, task) for task in TASKS},
+        **{f"evaluation.{task}": [*getattr(settings.evaluation, task), *held_out[task]] for task in TASKS},
+        "evaluation.beir": list(settings.evaluation.beir),
     }
     folder.check_location(input_paths)
-    check_cache(cache_folder(), settings.output_dir, [path for paths in input_paths.values() for path in paths])
+    check_cache(settings.output_dir, [path for paths in input_paths.values() for path in paths])
     datasets = in_turns(lambda: prepare_data(settings, files, setup.tokenizer))
     names = dataset_names([dataset.path for dataset in datasets])
     sources = [Source(name, dataset.task, dataset.index) for name, dataset in zip(names, datasets, strict=True)]
@@ -111,13 +121,14 @@ def open_run(setup: TrainingSetup) -> Run:
     if steps > MAX_INT:
         raise UserError(f"optimizer.epochs: {steps} steps are too many; the maximum is {MAX_INT}")
     inputs = {"model.path": model_fingerprint(setup.model)}
-    inputs |= {str(dataset.path): dataset.folder.name.rpartition("-")[2] for dataset in datasets}
+    inputs |= {str(original(dataset.path, cache)): dataset.folder.name.rpartition("-")[2] for dataset in datasets}
     if settings.data.sampler == "mixed":
         inputs[DEVICES] = str(layout.devices)
     folder.check_same_run(settings, inputs)
     # All processes have checked the folder before the first one writes to it.
     check_same(run_identity(settings, inputs), "start all of them with the same settings, model and data")
-    return Run(setup, datasets, names, plan, steps, folder, inputs)
+    held_out_files = [path for paths in held_out.values() for path in paths]
+    return Run(setup, datasets, names, held_out_files, plan, steps, folder, inputs)
 
 
 def run_identity(settings: Settings, inputs: Mapping[str, str]) -> dict[str, str]:
@@ -139,8 +150,9 @@ def prepare_data(
 ) -> list[PreparedDataset]:
     """Tokenizes the training files that are not in the cache yet. See `prepare`."""
     limits = {name: getattr(settings.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
+    cache, shared = cache_folder(), remote_cache()
     return [
-        prepare(path, task, tokenizer, cache=cache_folder(), beam_runner=beam_runner, **limits)
+        prepare(path, task, tokenizer, cache=cache, shared=shared, beam_runner=beam_runner, **limits)
         for task in TASKS
         for path in files[task]
     ]
@@ -173,21 +185,18 @@ def batch_layout(settings: Settings, mesh: jax.sharding.Mesh, backend: Backend =
     return PackedLayout(row_length, row_shards(mesh), settings.encode_chunks)
 
 
-def check_cache(cache: Path, output_dir: Path, input_paths: Sequence[Path]) -> None:
+def check_cache(output_dir: Location, input_paths: Sequence[Location]) -> None:
     """Checks that the cache of prepared data is outside the output folder and the input folders.
 
     Raises:
       UserError: If it is inside one of them.
     """
+    caches: list[Location] = [cache_folder().resolve(), *filter(None, [remote_cache()])]
     for folder in (output_dir, *input_paths):
-        if cache.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"the cache {cache} is inside {folder}; set CODIEMB_JAX_CACHE to another folder")
-
-
-def held_out_paths(settings: Settings, task: Task) -> list[Path]:
-    """Returns the held-out paths of a task and the files found in them."""
-    paths = getattr(settings.evaluation, task)
-    return [*paths, *find_files(paths, f"evaluation.{task}")]
+        resolved = folder.resolve() if isinstance(folder, Path) else folder
+        for cache in caches:
+            if isinstance(cache, Path) == isinstance(resolved, Path) and cache.is_relative_to(resolved):
+                raise UserError(f"the cache {cache} is inside {folder}; set CODIEMB_JAX_CACHE to another folder")
 
 
 def with_platform_defaults(settings: Settings, platform: str) -> Settings:

@@ -4,7 +4,6 @@ A run writes only into a new or empty folder or its own, and never replaces file
 """
 
 import hashlib
-import math
 import os
 import re
 import secrets
@@ -21,9 +20,11 @@ from filelock import FileLock, Timeout
 
 from codiemb_jax.checkpoints.orbax import is_checkpoint, saved_steps
 from codiemb_jax.config import Settings
+from codiemb_jax.config_file import read_values
 from codiemb_jax.distributed import first_value, is_first_process
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import read_json, write_atomically, write_json
+from codiemb_jax.remote import Location
 
 CHANGEABLE_SETTINGS = (
     "output_dir", "mesh", "distributed", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat",
@@ -51,6 +52,21 @@ class RunFolder:
     """The `output_dir` of a run."""
 
     path: Path
+    """The folder on this machine."""
+    done: int
+    """Number of steps at the newest checkpoint when the folder was opened; 0 if there was none."""
+
+    def __str__(self) -> str:
+        return str(self.location)
+
+    @property
+    def location(self) -> Location:
+        """The folder as given in the settings."""
+        return self.path
+
+    def shown(self, path: Path) -> str:
+        """Returns the path of something in the folder as users know it, for messages."""
+        return str(self.location / path.relative_to(self.path).as_posix())
 
     @property
     def config(self) -> Path:
@@ -73,18 +89,14 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Location:
         return self.path / "checkpoints"
 
     @property
     def export(self) -> Path:
         return self.path / "export"
 
-    def latest_step(self) -> int:
-        """Returns the number of steps done at the newest checkpoint, 0 if there is none."""
-        return max(saved_steps(self.checkpoints), default=0)
-
-    def check_location(self, input_paths: Mapping[str, Sequence[Path]]) -> None:
+    def check_location(self, input_paths: Mapping[str, Sequence[Location]]) -> None:
         """Checks that a run may write to this folder, without writing anything.
 
         Args:
@@ -108,7 +120,7 @@ class RunFolder:
           UserError: If the folder contains another run, or its files are damaged.
         """
         # A run that was killed before it wrote its settings has neither.
-        if self.latest_step() or self.config.exists():
+        if self.done or self.config.exists():
             self._compare_run(settings, inputs)
             self._read_before()
         if settings.export:
@@ -129,22 +141,22 @@ class RunFolder:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"output_dir: {parent} is not writable")
 
-    def _check_inputs_outside(self, input_paths: Mapping[str, Sequence[Path]]) -> None:
-        output = self.path.resolve()
+    def _check_inputs_outside(self, input_paths: Mapping[str, Sequence[Location]]) -> None:
+        output = _resolve(self.location)
         for setting, paths in input_paths.items():
             for path in paths:
-                resolved = path.resolve()
+                resolved = _resolve(path)
                 if resolved.is_relative_to(output) or output.is_relative_to(resolved):
                     raise UserError(
-                        f"output_dir: {self.path} overlaps with {setting} {path}; give an output_dir outside the "
+                        f"output_dir: {self} overlaps with {setting} {path}; give an output_dir outside the "
                         "inputs of the run"
                     )
 
     def _check_content(self) -> None:
         try:
-            names = sorted(child.name for child in self.path.iterdir()) if self.path.exists() else []
+            names = self._names()
         except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be read: {error.strerror}") from error
+            raise UserError(f"output_dir: {self} cannot be read: {error.strerror}") from error
         # Empty, or left by a run that was killed at its very start.
         if all(name == LOCK or TEMPORARY_FILE.fullmatch(name) for name in names):
             return
@@ -152,14 +164,14 @@ class RunFolder:
         if self.inputs.name not in names and self.config.name not in names:
             listed = ", ".join([*names[:5], *["…"] * (len(names) > 5)])
             raise UserError(
-                f"output_dir: {self.path} contains other files ({listed}); give a new or empty folder, or the folder "
+                f"output_dir: {self} contains other files ({listed}); give a new or empty folder, or the folder "
                 "of the same run"
             )
         for path in files:
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
                 raise UserError(f"{path}: is not a file; move it away")
         for path in folders:
-            if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            if isinstance(path, Path) and os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
                 raise UserError(f"{path}: expected a folder, found a file or a link; move it away")
         # Old checkpoints will be deleted, so they must be checkpoints. The newest one is checked when it is read.
         for step in saved_steps(self.checkpoints)[:-1]:
@@ -168,23 +180,27 @@ class RunFolder:
         if os.path.lexists(self.export) and (self.export.is_symlink() or not self.export.is_dir()):
             raise UserError(f"{self.export}: is not a folder; move it away")
         try:
-            version = read_json(self.inputs, dict).get(FORMAT_KEY)
+            version = self._read(self.inputs).get(FORMAT_KEY)
         except UserError as error:
             raise self._unknown_run_error(str(error)) from error
         if version != FORMAT_VERSION:
-            raise self._unknown_run_error(f"{self.inputs} is not from a run of this version")
+            raise self._unknown_run_error(f"{self.shown(self.inputs)} is not from a run of this version")
+
+    def _names(self) -> list[str]:
+        """Returns the names of everything in the folder."""
+        return sorted(child.name for child in self.path.iterdir()) if self.path.exists() else []
 
     def _unknown_run_error(self, reason: str) -> UserError:
         return UserError(
-            f"{self.path} contains files, but config.yaml and inputs.json, which identify the run, cannot be read "
+            f"{self} contains files, but config.yaml and inputs.json, which identify the run, cannot be read "
             f"({reason}); restore them, or start over in another output_dir"
         )
 
     def _compare_run(self, settings: Settings, inputs: Mapping[str, str]) -> None:
         try:
-            old = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-            old_inputs = read_json(self.inputs, dict)["inputs"].items()
-        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
+            old = _flatten(read_values(self.config)[0])
+            old_inputs = self._read(self.inputs)["inputs"].items()
+        except (UserError, AttributeError, TypeError, KeyError) as error:
             raise self._unknown_run_error(str(error)) from error
         new = _flatten(settings.model_dump(mode="json"))
         differences = [
@@ -199,7 +215,7 @@ class RunFolder:
         ]
         if differences:
             raise UserError(
-                f"{self.path} contains a run with other settings; use the same settings to continue it, or another "
+                f"{self} contains a run with other settings; use the same settings to continue it, or another "
                 "output_dir to start a new run:\n" + format_problems(differences)
             )
 
@@ -209,17 +225,14 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"output_dir: {self} cannot be written: {error.strerror or error}") from error
 
     @contextmanager
-    def locked(self, done: int) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Creates the folder, and keeps every other run out of it in this block.
 
-        Args:
-          done: Number of steps at the newest checkpoint when the folder was checked.
-
         Raises:
-          UserError: If another run uses the folder, or has used it since it was checked.
+          UserError: If another run uses the folder, or has used it since it was opened.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / LOCK
@@ -229,12 +242,16 @@ class RunFolder:
             held = FileLock(lock).acquire(blocking=False)
         except Timeout as error:
             raise UserError(
-                f"output_dir: {self.path} is in use by another run; wait until it ends, or use another output_dir"
+                f"output_dir: {self} is in use by another run; wait until it ends, or use another output_dir"
             ) from error
         with held:
-            if self.latest_step() != done:
-                raise UserError(f"output_dir: another run has written to {self.path}; run the same command again")
+            self._check_unchanged()
             yield
+
+    def _check_unchanged(self) -> None:
+        """Raises UserError if another run has saved a checkpoint since the folder was opened."""
+        if newest_step(self.checkpoints) != self.done:
+            raise UserError(f"output_dir: another run has written to {self}; run the same command again")
 
     def check_shared(self) -> None:
         """Checks that all processes of this run see the same folder.
@@ -242,22 +259,35 @@ class RunFolder:
         Raises:
           UserError: If the folder of this process is not that of the first one.
         """
-        expected = first_value(self.inputs.read_text(encoding="utf-8") if is_first_process() else "")
-        try:
-            found = self.inputs.read_text(encoding="utf-8")
-        except OSError:
-            found = ""
-        if found != expected:
+        expected = first_value(self._read_inputs() if is_first_process() else "")
+        if self._read_inputs() != expected:
             raise UserError(
                 f"output_dir: process {jax.process_index()} does not see the files that process 0 has written to "
-                f"{self.path}; give a folder that all machines share"
+                f"{self}; give a folder that all machines share"
             )
+
+    def _read_inputs(self) -> str:
+        """Returns inputs.json as all processes should see it; nothing if there is none."""
+        try:
+            return self.inputs.read_text(encoding="utf-8")
+        except OSError:
+            return ""
 
     def create(self, settings: Settings, inputs: Mapping[str, str]) -> None:
         """Writes config.yaml and inputs.json, which identify the run."""
         write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION, "inputs": dict(inputs), "exports": self._exports()})
         resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(self.config, resolved)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Reads a JSON file of the folder."""
+        try:
+            return read_json(path, dict)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), self.shown(path))) from error
+
+    def publish_logs(self) -> None:
+        """Makes the metrics of all steps so far visible in the folder. They are, unless it is remote."""
 
     def write_before(self, metrics: HeldOutMetrics) -> None:
         """Writes the metrics of the initial model."""
@@ -266,11 +296,11 @@ class RunFolder:
     def _read_before(self) -> HeldOutMetrics:
         if not self.evaluation.exists():
             return {}
-        before = read_json(self.evaluation, dict).get("before")
+        before = self._read(self.evaluation).get("before")
         if not isinstance(before, dict) or not all(_is_number(value) for value in before.values()):
             raise UserError(
-                f"{self.evaluation}: has no valid metrics under `before`; restore the file, or remove it to continue "
-                "without them"
+                f"{self.shown(self.evaluation)}: has no valid metrics under `before`; restore the file, or remove it "
+                "to continue without them"
             )
         return before
 
@@ -317,13 +347,24 @@ class RunFolder:
 
     def _exports(self) -> list[str]:
         """Returns the digests of the exports that this run has written."""
-        digests = read_json(self.inputs, dict).get("exports") if self.inputs.exists() else []
+        digests = self._read(self.inputs).get("exports") if self.inputs.exists() else []
         if not isinstance(digests, list):
-            raise UserError(f"{self.inputs}: exports: expected a list; restore the file, or use another output_dir")
+            raise UserError(
+                f"{self.shown(self.inputs)}: exports: expected a list; restore the file, or use another output_dir"
+            )
         return digests
 
     def _write_exports(self, digests: list[str]) -> None:
-        write_json(self.inputs, read_json(self.inputs, dict) | {"exports": digests})
+        write_json(self.inputs, self._read(self.inputs) | {"exports": digests})
+
+
+def newest_step(checkpoints: Location) -> int:
+    """Returns the number of steps at the newest checkpoint in a folder, 0 if there is none."""
+    return max(saved_steps(checkpoints), default=0)
+
+
+def _resolve(path: Location) -> Location:
+    return path.resolve() if isinstance(path, Path) else path
 
 
 def _describe_change(old: str | None, new: str | None) -> str:
@@ -351,7 +392,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

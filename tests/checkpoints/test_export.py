@@ -312,6 +312,10 @@ def test_export_with_begin_and_end_tokens(utu, tmp_path):
     export(tmp_path / "orbax", tmp_path / "export")
     model = sentence_transformer(tmp_path / "export")
     assert model.prompts == {"query": "<s>Find it: ", "document": "<s>Passage: "}
+    stored = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())
+    assert (stored["query_template"], stored["begin"]) == ("{instruction}: ", "<s>")
+    hf_to_orbax(["--model", str(tmp_path / "export"), "--output", str(tmp_path / "again")])
+    assert open_checkpoint(tmp_path / "again").blueprint.sentence.query_template == "{instruction}: "
     assert model.max_seq_length == 96
     tokenizer = prompt_tokenizer(OrbaxCheckpoint(tmp_path / "orbax").blueprint)
     kinds = {"query": (tokenizer.tokenize_queries, "Find it"), "document": (tokenizer.tokenize_passages, "")}

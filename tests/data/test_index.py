@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codiemb_jax.config import DataSettings, PromptSettings
+from codiemb_jax.data.column import ColumnWriter
 from codiemb_jax.data.index import DTYPES, INDEX, MANIFEST, Index, IndexWriter, Totals, is_complete
 from codiemb_jax.data.layout import PaddedLayout
 from codiemb_jax.data.prepare import prepare
 from codiemb_jax.data.sampler import Plan, Source
 from codiemb_jax.errors import UserError
 from codiemb_jax.text.prompts import PromptTokenizer
+from tests.helpers import in_memory
 
 LIMITS = (40, 30)
 
@@ -53,7 +55,7 @@ def test_pieces_are_joined(tmp_path_factory, counts, seed):
     rng = np.random.default_rng(seed)
     pieces = [make_piece(rng, count) for count in counts]
     folder = write(tmp_path_factory.mktemp("index") / "data", pieces)
-    index, totals = open_index(folder), Totals.read(folder)
+    index, totals = in_memory(open_index(folder)), Totals.read(folder)
     for name, dtype in DTYPES.items():
         value = getattr(index, name)
         assert value.dtype == dtype
@@ -76,13 +78,39 @@ def test_pieces_are_joined(tmp_path_factory, counts, seed):
     )
 
 
-def test_arrays_are_mapped_and_cannot_be_changed(tmp_path):
-    index = open_index(write(tmp_path / "data", [make_piece(np.random.default_rng(0), 5)]))
-    for name in DTYPES:
-        value = getattr(index, name)
-        assert type(value) is np.ndarray and isinstance(value.base, np.memmap)
-        with pytest.raises(ValueError, match="read-only"):
-            value[0] = 0
+@pytest.mark.parametrize("name", DTYPES)
+def test_flipped_bit_is_noticed_where_it_is_read_and_nowhere_else(name, tmp_path):
+    folder = write(tmp_path / "data", [make_piece(np.random.default_rng(0), 500) for _ in range(6)])
+    path = folder / INDEX / f"{name}.npy"
+    expected = np.load(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of the last value
+    path.write_bytes(content)
+    if name == "passage_offsets":
+        with pytest.raises(UserError, match="passage_offsets.npy: block 5 does not match its checksum"):
+            open_index(folder)
+        return
+    column = getattr(open_index(folder), name)
+    beginning = np.arange(1000).reshape(10, 100)
+    np.testing.assert_array_equal(column[beginning], expected[beginning])
+    for indices in ([0, column.size - 1], [[-1 + column.size]]):
+        with pytest.raises(ValueError, match=f"{name}.npy: block .* does not match its checksum"):
+            column[indices]
+    np.testing.assert_array_equal(column[beginning], expected[beginning])
+
+
+@pytest.mark.parametrize("name", ["passage_hashes", "positives", "passage_tokens"])
+def test_flipped_bit_of_a_planned_example_is_a_user_error(name, tmp_path):
+    folder = write(tmp_path / "data", [make_piece(np.random.default_rng(0), 9)])
+    path = folder / INDEX / f"{name}.npy"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    settings = DataSettings(ir=["a"], ir_global_batch_size=8, query_max_tokens=40, passage_max_tokens=30)
+    groups = {"ir": None, "sts": None}
+    plan = Plan([Source("a", "ir", open_index(folder))], settings, 0, PaddedLayout(), groups, compare_texts=True)
+    with pytest.raises(UserError, match=f"{folder}: the prepared dataset is damaged .*checksum.*; delete the folder"):
+        plan.step(0)
 
 
 def test_counts_and_lengths_of_examples(tmp_path):
@@ -96,7 +124,12 @@ def test_counts_and_lengths_of_examples(tmp_path):
 
 
 def write_array(folder: Path, name: str, array: np.ndarray) -> None:
-    np.save(folder / INDEX / f"{name}.npy", array)
+    """Replaces a column by a valid one of any dtype and shape."""
+    path = folder / INDEX / f"{name}.npy"
+    path.unlink()
+    with ColumnWriter(path, array.dtype) as column:
+        column.write(array.ravel())
+    np.save(path, array)
 
 
 def change_totals(folder: Path, **changes) -> None:
@@ -161,13 +194,48 @@ HOSTILE = {
 def test_hostile_values_are_noticed_when_they_are_used(name, tmp_path):
     field, value = HOSTILE[name]
     folder = write(tmp_path / "data", [make_piece(np.random.default_rng(0), 9)])
-    array = getattr(open_index(folder), field).copy()
+    array = np.load(folder / INDEX / f"{field}.npy")
     array[1:-1] = value
     write_array(folder, field, array)
     settings = DataSettings(ir=["a"], ir_global_batch_size=8, query_max_tokens=40, passage_max_tokens=30)
     plan = Plan([Source("a", "ir", open_index(folder))], settings, 0, PaddedLayout(), {"ir": None, "sts": None})
     with pytest.raises(UserError, match=f"{folder}: the prepared dataset is damaged .*; delete the folder"):
         plan.step(0)
+
+
+@pytest.mark.parametrize("damage", ["template", "name", "link"])
+def test_records_outside_of_the_dataset_are_not_read(damage, tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"task_type": "ir", "query": ["", "", "q"], "positives": [["", "", "p"]]}\n')
+    prepared = prepare(
+        path, "ir", PromptTokenizer(tokenizer, PromptSettings()), cache=tmp_path / "cache",
+        query_max_tokens=40, passage_max_tokens=24,
+    )  # fmt: skip
+    (info,) = prepared.folder.rglob("dataset_info.json")
+    (records,) = prepared.folder.rglob("*.array_record*")
+    records.rename(tmp_path / records.name)
+    outside = Path(*[".."] * 6)
+    if damage == "link":
+        records.symlink_to(tmp_path / records.name)
+    else:
+        content = json.loads(info.read_text())
+        template = content["splits"][0]["filepathTemplate"]
+        content |= {"name": f"{outside}/tokenized_texts"} if damage == "name" else {}
+        content["splits"][0]["filepathTemplate"] = f"{outside}/{template}" if damage == "template" else template
+        info.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="damaged .*(unknown names|not a file).*; delete the folder"):
+        prepared.read(np.array([0]))
+
+
+def test_lack_of_file_handles_is_no_damage(tmp_path, monkeypatch):
+    folder = write(tmp_path / "data", [make_piece(np.random.default_rng(0), 9)])
+
+    def fail(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(UserError, match=f"{folder}: the prepared dataset cannot be read: Too many open files"):
+        open_index(folder)
 
 
 def test_classes_named_in_features_are_not_imported(tmp_path, tokenizer, monkeypatch):

@@ -18,15 +18,18 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from codiemb_jax.cache import cache_folder, remote_cache
 from codiemb_jax.config import PromptSettings
 from codiemb_jax.data import prepare as module
 from codiemb_jax.data import tokenize
+from codiemb_jax.data.find import dataset_names
 from codiemb_jax.data.index import DTYPES, IndexWriter, Totals
 from codiemb_jax.data.prepare import prepare
-from codiemb_jax.data.store import PreparedDataset, cache_folder, open_parts
+from codiemb_jax.data.store import PreparedDataset, open_parts
 from codiemb_jax.errors import UserError
 from codiemb_jax.text.prompts import PromptTokenizer, Tokens
-from codiemb_jax.text.records import dataset_names, read_records
+from codiemb_jax.text.records import read_records
+from tests.helpers import in_memory
 
 PROMPT = PromptSettings(begin="<s>", passage="Passage: ", end="</s>")
 NO_TOKENS = "the tokenizer produces no tokens, expected a text in its vocabulary"
@@ -102,7 +105,7 @@ def test_ir_tokens_and_index_are_in_file_order(tmp_path, prompt_tokenizer, cache
     path = write_ir(tmp_path / "some data.jsonl")
     data = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
     assert (dataset_names([data.path]), data.path, data.task, len(data)) == (["some data"], path, "ir", 300)
-    index = data.index
+    index = in_memory(data.index)
     assert len(list(data.folder.glob("0*"))) == (1 if part_tokens > 5000 else 6)
     texts = read(data, range(300))
     assert rows_on_disk(data) == [[token for text in example for token in text.ids] for example in texts]
@@ -143,10 +146,11 @@ def test_examples_are_read_in_the_requested_order(tmp_path, prompt_tokenizer, ca
 def test_sts_pairs_are_stored_as_queries_with_their_score(tmp_path, prompt_tokenizer, cache):
     scores = [0.1 + 0.2, -3.0, 1e15, 5, 0.25]
     data = prepare(write_sts(tmp_path / "a.jsonl", scores), "sts", prompt_tokenizer, cache=cache, **LIMITS)
-    assert data.index.score.tolist() == scores
+    index = in_memory(data.index)
+    assert index.score.tolist() == scores
     assert data.scores(np.array([4, 0])).tolist() == [0.25, np.float32(0.1 + 0.2)]
     assert data.scores(np.array([4])).dtype == np.float32
-    assert data.index.positives.tolist() == [1] * 5 and data.index.negatives.tolist() == [0] * 5
+    assert index.positives.tolist() == [1] * 5 and index.negatives.tolist() == [0] * 5
     for texts, record in zip(read(data, range(5)), read_records(data.path, "sts"), strict=True):
         assert_same_tokens(texts, prompt_tokenizer.tokenize_queries([record.query, *record.positives], 40))
 
@@ -164,7 +168,7 @@ def test_prepared_file_is_not_tokenized_again(tmp_path, prompt_tokenizer, cache,
     assert_same_tokens(read(second, [5])[0], read(first, [5])[0])
     assert first.totals == second.totals
     for name in DTYPES:
-        assert np.array_equal(getattr(first.index, name), getattr(second.index, name))
+        assert np.array_equal(getattr(in_memory(first.index), name), getattr(in_memory(second.index), name))
 
 
 def test_changed_inputs_create_a_new_dataset(tmp_path, tokenizer, make_tokenizer, cache):
@@ -208,7 +212,7 @@ def test_processes_write_the_same_dataset(tmp_path, prompt_tokenizer, cache, sma
         assert_same_tokens(actual, expected)
     assert parallel.totals == data.totals
     for name in DTYPES:
-        assert np.array_equal(getattr(parallel.index, name), getattr(data.index, name))
+        assert np.array_equal(getattr(in_memory(parallel.index), name), getattr(in_memory(data.index), name))
 
 
 def test_processes_list_all_problems_in_order(tmp_path, prompt_tokenizer, cache, small_parts):
@@ -261,6 +265,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_file_in_place_of_a_dataset_is_named(kind, tmp_path, prompt_tokenizer, cache):
+    path = write_ir(tmp_path / "a.jsonl", 3)
+    folder = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS).folder
+    folder.rename(tmp_path / "moved")
+    folder.write_text("mine") if kind == "file" else folder.symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match=f"{folder}: is not a folder; move it away"):
+        prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
+    assert [child.name for child in cache.iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize(
@@ -444,10 +459,13 @@ def test_cache_folder_comes_from_the_environment(monkeypatch):
     assert cache_folder() == Path.home() / ".cache" / "codiemb_jax"
 
 
-def test_cache_folder_without_home_or_on_a_remote_system_raises_user_error(monkeypatch):
-    monkeypatch.setenv("CODIEMB_JAX_CACHE", "gs://bucket/cache")
-    with pytest.raises(UserError, match="CODIEMB_JAX_CACHE: remote paths are not supported"):
+def test_invalid_cache_folder_raises_user_error(monkeypatch):
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", "s3://bucket/cache")
+    with pytest.raises(UserError, match="CODIEMB_JAX_CACHE: this address is not supported"):
         cache_folder()
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", "gs://Bucket/cache")
+    with pytest.raises(UserError, match="CODIEMB_JAX_CACHE: gs://Bucket/cache is not a valid address"):
+        remote_cache()
     monkeypatch.delenv("CODIEMB_JAX_CACHE")
 
     def fail(_: Path) -> None:

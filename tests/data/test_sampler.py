@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from codiemb_jax.batch import Task
 from codiemb_jax.config import DataSettings
+from codiemb_jax.data import sampler
 from codiemb_jax.data.index import Index
 from codiemb_jax.data.layout import BatchLayout, Layout, PackedLayout, PaddedLayout
 from codiemb_jax.data.mixed import MixedPlan
@@ -565,3 +566,15 @@ def test_max_examples_below_the_batch_size_raises_user_error():
         "  pairs: 5 examples, data.sts_global_batch_size is 6",
         "  questions: 5 examples, data.sts_global_batch_size is 6",
     ]
+
+
+def test_chosen_passages_do_not_depend_on_how_many_examples_are_handled_at_a_time(monkeypatch):
+    counts = np.random.default_rng(1).integers(0, 50, size=200)
+    expected = sampler._choose(counts, 7, np.random.default_rng(2))
+    monkeypatch.setattr(sampler, "_BLOCK_KEYS", 150)  # three examples
+    np.testing.assert_array_equal(sampler._choose(counts, 7, np.random.default_rng(2)), expected)
+    assert (expected[counts == 0] == -1).all()
+    for count, chosen in zip(counts, expected, strict=True):
+        if count >= 7:
+            assert len(set(chosen)) == 7
+        assert (chosen < count).all()

@@ -1,12 +1,10 @@
 """Tests of embeddings and held-out metrics against direct computations."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-import pytrec_eval
 from flax import nnx
 
 from codiemb_jax.batch import TokenRows
@@ -14,12 +12,13 @@ from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import EvaluationSettings, MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
-from codiemb_jax.evaluation.held_out import HeldOutIR, evaluate, read_held_out
+from codiemb_jax.evaluation.held_out import HeldOutIR, HeldOutTexts, evaluate, read_held_out
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh
-from codiemb_jax.text.prompts import PromptTokenizer
+from codiemb_jax.text.prompts import PromptTokenizer, Tokens
 from codiemb_jax.text.records import Triple
+from tests.evaluation.test_metrics import mean_reference
 
 LIMIT = 128
 PROMPT = PromptSettings(default_instruction="Find it")
@@ -66,29 +65,22 @@ def test_queries_contain_the_instruction(model, tokenizer, embedder):
         np.testing.assert_allclose(embedding, embed_single(model, tokens), atol=2e-6)
 
 
-def ndcg_at_10(similarity: np.ndarray, relevant: list[set[int]]) -> float:
-    """Computes the mean ratio of the DCG to that of an ideal ranking."""
-    scores = []
-    for row, passages in zip(similarity, relevant, strict=True):
-        ranking = np.argsort(-row, kind="stable")[:10]
-        dcg = sum(1 / math.log2(rank + 2) for rank, passage in enumerate(ranking) if passage in passages)
-        scores.append(dcg / sum(1 / math.log2(rank + 2) for rank in range(min(len(passages), 10))))
-    return float(np.mean(scores))
-
-
-def test_ndcg_matches_formula(golden, tokenizer, embedder):
+def test_retrieval_metrics_match_formulas(golden, tokenizer, embedder):
     path = golden / "data" / "news.jsonl"
     (held_out,) = read_held_out(EvaluationSettings(ir=[path]), tokenizer, LIMIT)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     passages = list(dict.fromkeys(p[2].strip("\t\n :") for r in records for p in r["positives"] + r["negatives"]))
-    relevant = [{passages.index(p[2].strip("\t\n :")) for p in record["positives"]} for record in records]
+    relevant = [{str(passages.index(p[2].strip("\t\n :"))): 1 for p in record["positives"]} for record in records]
     queries = np.concatenate([embedder.encode_query([r["query"][2]], instruction=r["query"][0]) for r in records])
-    expected = ndcg_at_10(queries @ embedder.encode_document(passages).T, relevant)
-    assert 0.1 < expected < 1
-    assert evaluate(embedder, [held_out]) == {"news nDCG@10": pytest.approx(expected, abs=1e-6)}
+    similarity = queries.astype(np.float64) @ embedder.encode_document(passages).astype(np.float64).T
+    expected = mean_reference([{str(i): value for i, value in enumerate(row)} for row in similarity], relevant)
+    assert 0.1 < expected["nDCG@10"] < 1
+    found = evaluate(embedder, [held_out])
+    assert list(found) == ["news nDCG@10", "news MRR@10", "news Recall@10", "news Recall@100", "news MAP"]
+    assert found == pytest.approx({f"news {metric}": value for metric, value in expected.items()}, abs=1e-6)
 
 
-def test_spearman_matches_correlation_of_ranks(golden, tokenizer, embedder):
+def test_correlations_match_numpy(golden, tokenizer, embedder):
     path = golden / "data" / "questions.jsonl"
     (held_out,) = read_held_out(EvaluationSettings(sts=[path]), tokenizer, LIMIT)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -99,8 +91,10 @@ def test_spearman_matches_correlation_of_ranks(golden, tokenizer, embedder):
     def ranks(values: np.ndarray) -> np.ndarray:  # ties get their mean rank
         return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
 
-    expected = np.corrcoef(ranks(similarity), ranks(scores))[0, 1]
-    assert evaluate(embedder, [held_out]) == {"questions Spearman": pytest.approx(expected, abs=1e-6)}
+    assert evaluate(embedder, [held_out]) == {
+        "questions Spearman": pytest.approx(np.corrcoef(ranks(similarity), ranks(scores))[0, 1], abs=1e-6),
+        "questions Pearson": pytest.approx(np.corrcoef(similarity, scores)[0, 1], abs=1e-6),
+    }
 
 
 @pytest.mark.parametrize(
@@ -115,21 +109,91 @@ def test_invalid_held_out_data_raise_user_error(text, score, message, tokenizer,
         read_held_out(EvaluationSettings(sts=[path]), tokenizer, LIMIT)
 
 
-@pytest.mark.parametrize("passages", [3, 10, 11, 200])
+@pytest.mark.parametrize("passages", [3, 10, 11, 200, 1300])
 def test_only_the_best_passages_are_ranked_with_the_same_result(passages):
-    """Many similarities are equal; trec_eval breaks ties by name."""
+    """Many similarities are equal, also at the last rank that counts; trec_eval breaks ties by name."""
     random = np.random.default_rng(passages)
-    angles = random.integers(0, 5, passages) / 5
-    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    queries = vectors[random.integers(0, passages, 600)]
+    # Unit vectors whose inner products are exact in any order of summation.
+    choices = np.concatenate([np.eye(4), np.array([[1, 1, 1, 1], [1, -1, 1, -1], [-1, -1, 1, 1]]) / 2])
+    vectors = choices[random.integers(0, len(choices), passages)].astype(np.float32)
+    queries = vectors[random.integers(0, passages, 600 if passages < 1000 else 50)]
     relevant = [set(random.choice(passages, random.integers(1, 4), replace=False).tolist()) for _ in queries]
 
     class Fixed:
-        def embed_tokens(self, texts):
+        def embed_tokens(self, texts, *_):
             return np.stack(texts)
 
-    _, found = HeldOutIR("data", list(queries), list(vectors), relevant).score(Fixed())
-    ranking = {str(i): {str(j): float(s) for j, s in enumerate(row)} for i, row in enumerate(queries @ vectors.T)}
-    judged = {str(i): {str(j): 1 for j in found} for i, found in enumerate(relevant)}
-    scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(ranking)
-    assert found == pytest.approx(np.mean([score["ndcg_cut_10"] for score in scores.values()]), abs=1e-12)
+    found = HeldOutIR("data", list(queries), list(vectors), relevant).score(Fixed())
+    scores = [{str(j): float(score) for j, score in enumerate(row)} for row in queries @ vectors.T]
+    expected = mean_reference(scores, [{str(j): 1 for j in found} for found in relevant])
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+class Characters:
+    """A tokenizer of one token per character, without instructions, that notices no empty content."""
+
+    prompts = {"query": "find: ", "document": ""}
+    default_prompt_name = None
+    takes_instructions = False
+
+    def tokenize(self, texts, prompt, max_tokens):
+        return [Tokens(np.array([ord(c) for c in (prompt + text)[:max_tokens]], np.int32), 0) for text in texts]
+
+
+def read(tokens) -> str:
+    return "".join(map(chr, tokens.ids))
+
+
+def test_models_without_placeholder_get_their_query_prompt():
+    texts = HeldOutTexts(Characters(), 100)
+    queries = [Triple("Sort it", "code: ", "x"), Triple("", "", "y")]
+    assert list(map(read, texts.queries(queries, ["a:1", "a:2"]))) == ["find: code: x", "find: y"]
+    assert texts.unused_instructions
+    assert list(map(read, texts.plain_queries(["z"], ["a:1"]))) == ["find: z"]
+    with pytest.raises(UserError, match="instruction 'Find': this model's prompts have no placeholder"):
+        HeldOutTexts(Characters(), 100, instruction="Find")
+
+
+def test_query_prompt_replaces_that_of_the_model(tokenizer):
+    queries = [Triple("Sort it", "", "x"), Triple("", "", "y")]
+    texts = HeldOutTexts(Characters(), 100, query_prompt="Task: {instruction}; ")
+    assert list(map(read, texts.queries(queries, ["a:1", "a:2"]))) == ["Task: Sort it; x", "y"]
+    assert not texts.unused_instructions
+    with pytest.raises(UserError, match="queries of BEIR folders have no instruction to insert"):
+        texts.plain_queries(["z"], ["a:1"])
+    texts = HeldOutTexts(Characters(), 100, query_prompt="Task: {instruction}; ", instruction="Find")
+    assert list(map(read, texts.queries(queries, ["a:1", "a:2"]))) == ["Task: Find; x", "Task: Find; y"]
+    assert list(map(read, texts.plain_queries(["z"], ["a:1"]))) == ["Task: Find; z"]
+    texts = HeldOutTexts(Characters(), 100, query_prompt="")
+    assert list(map(read, texts.queries(queries, ["a:1", "a:2"]))) == ["x", "y"]
+    with pytest.raises(UserError, match="instruction 'Find': the query prompt has no placeholder"):
+        HeldOutTexts(tokenizer, 100, query_prompt="Task: ", instruction="Find")
+
+
+def test_query_prompt_without_the_special_tokens_of_the_model_raises_user_error(model):
+    tokenizer = PromptTokenizer(model.blueprint.tokenizer(), PromptSettings(begin="<|begin_of_text|>"))
+    with pytest.raises(UserError, match=r"must start with '<\|begin_of_text\|>'"):
+        HeldOutTexts(tokenizer, 100, query_prompt="Task: ")
+
+
+def test_truncated_texts_are_counted_once():
+    texts = HeldOutTexts(Characters(), 10, count_truncated=True)
+    texts.plain_queries(["1234", "12345", "1"], [""] * 3)
+    assert texts.truncated == 1
+    texts.passages([Triple("", "", "0" * n) for n in (9, 10, 11, 12)], [""] * 4)
+    assert texts.truncated == 3
+
+
+def test_prompt_that_fills_the_limit_raises_user_error(tokenizer):
+    with pytest.raises(UserError, match="6 tokens per text leave no room next to the prompt; increase --max_tokens"):
+        HeldOutTexts(Characters(), 6, limit_setting="--max_tokens").plain_queries(["a", "b"], ["x:1", "x:2"])
+    with pytest.raises(UserError, match="x:2: the prompt leaves no room for the text, expected --max_tokens >= "):
+        HeldOutTexts(tokenizer, 6, limit_setting="--max_tokens").queries(
+            [Triple("", "", "a"), Triple("Find all of it", "", "b")], ["x:1", "x:2"]
+        )
+
+
+def test_documents_without_tokens_are_left_out(tokenizer):
+    kept, tokens = HeldOutTexts(tokenizer, 100).documents(["a", "", " : ", "b"])
+    assert kept == [0, 3]
+    assert [found.ids.size for found in tokens] == [1, 1]

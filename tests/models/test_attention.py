@@ -109,15 +109,17 @@ def test_memory_of_long_rows_grows_linearly():
 
 
 class FakeDevice:
-    def __init__(self, platform: str):
+    def __init__(self, platform: str, compute_capability: str = "9.0"):
         self.platform = platform
+        if platform == "gpu":
+            self.compute_capability = compute_capability
 
 
 class FakeMesh:
     """A mesh of devices that this machine does not have."""
 
-    def __init__(self, platform: str, tensor: int = 1):
-        self.devices = np.array([FakeDevice(platform)])
+    def __init__(self, platform: str, tensor: int = 1, **device: str):
+        self.devices = np.array([FakeDevice(platform, **device)])
         self.shape = {"tensor": tensor}
 
 
@@ -139,6 +141,44 @@ def test_auto_chooses_the_best_backend_that_works(platform, dtype, kv_heads, hea
     assert choose_backend("auto", FakeMesh(platform, tensor), dtype, kv_heads, head_dim) == backend
     if platform != "cpu":
         assert choose_backend("xla", FakeMesh(platform, tensor), dtype, kv_heads, head_dim) == "xla"
+
+
+@pytest.mark.parametrize("compute_capability", ["7.5", "gfx942"])
+def test_gpus_without_fused_attention_use_xla(compute_capability):
+    mesh = FakeMesh("gpu", compute_capability=compute_capability)
+    assert choose_backend("auto", mesh, "bfloat16", 8, 64) == "xla"
+    with pytest.raises(UserError, match="it needs an NVIDIA GPU of compute capability 8.0 or higher; auto or xla"):
+        choose_backend("cudnn", mesh, "bfloat16", 8, 64)
+
+
+@pytest.mark.parametrize("compute_capability", ["8.0", "9.0", "12.0"])
+def test_newer_nvidia_gpus_use_cudnn(compute_capability):
+    mesh = FakeMesh("gpu", compute_capability=compute_capability)
+    assert choose_backend("auto", mesh, "bfloat16", 8, 64) == "cudnn"
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla_cpu", "splash", "cudnn"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bfloat16_attention_rounds_only_its_inputs_and_outputs(backend, causal):
+    inputs = random_inputs(2, 4, 2, 640, 64)
+    query, key, value, upstream = (jnp.asarray(inputs[i], jnp.bfloat16) for i in (0, 1, 2, 4))
+    segment_ids = inputs[3]
+
+    def attend(query, key, value):
+        return BACKENDS[backend](query, key, value, jnp.asarray(segment_ids), causal=causal)
+
+    def attend_and_differentiate(query, key, value):
+        attended, vjp = jax.vjp(attend, query, key, value)
+        return attended, *vjp(upstream)
+
+    # On CPUs, jax 0.12 computes bfloat16 products with a library that also sums in bfloat16, as no GPU or TPU does.
+    options = {} if backend == "xla_cpu" else {"xla_cpu_experimental_ynn_fusion_type": ""}
+    actual = jax.jit(attend_and_differentiate, compiler_options=options)(query, key, value)
+    expected, gradients = reference(query, key, value, segment_ids, upstream, causal)
+    for own, other in zip(actual, (expected, *gradients), strict=True):
+        assert own.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(own, np.float64) - other) / np.linalg.norm(other)
+        assert error < 2**-8, error  # twice the rounding of a bfloat16
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,10 @@ import yaml
 from filelock import FileLock
 
 from codiemb_jax.checkpoints.orbax import saved_steps
+from codiemb_jax.config import Settings
 from codiemb_jax.errors import UserError
+from codiemb_jax.training.loop import train
+from codiemb_jax.training.run import open_run, open_training_model
 from codiemb_jax.training.run_folder import LOCK
 from tests.helpers import assert_bitwise, golden_settings, load_weights, read_files, run
 
@@ -68,6 +71,53 @@ def test_second_run_in_the_same_folder_is_refused(settings, tmp_path):
     with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="is in use by another run; wait until"):
         run(settings, tmp_path, "--optimizer.max_steps", "2")
     assert read_files(tmp_path / "run") == before
+
+
+def test_run_that_ended_since_the_folder_was_checked_is_not_continued(settings, tmp_path):
+    opened = open_run(open_training_model(Settings.model_validate(settings)))
+    other = settings | {"optimizer": settings["optimizer"] | {"learning_rate": 0.5, "max_steps": 2}}
+    run(other, tmp_path)
+    before = read_files(tmp_path / "run")
+    with pytest.raises(UserError, match="another run has written to .*; run the same command again"):
+        train(opened, lambda params: {})
+    assert read_files(tmp_path / "run") == before
+
+
+def test_renamed_checkpoint_is_refused(settings, tmp_path):
+    run(settings, tmp_path, "--optimizer.max_steps", "4", "--export", "false")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "4").rename(checkpoints / "9")
+    (checkpoints / "3").rename(checkpoints / "4")
+    (checkpoints / "9").rename(checkpoints / "3")
+    with pytest.raises(UserError, match=f"{checkpoints}/4: the checkpoint is damaged: it was saved after 3 steps"):
+        run(settings, tmp_path, "--optimizer.max_steps", "4", "--export", "false")
+
+
+def test_leftovers_of_interrupted_saves_are_removed(settings, tmp_path):
+    run(settings, tmp_path, "--optimizer.max_steps", "2", "--export", "false")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("5.orbax-checkpoint-tmp", ".3.0123abcd.deleted", "5.orbax-checkpoint-tmp-mine"):
+        shutil.copytree(checkpoints / "2", checkpoints / name)
+    run(settings, tmp_path, "--optimizer.max_steps", "2", "--export", "false")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2", "5.orbax-checkpoint-tmp-mine"]
+
+
+@pytest.mark.parametrize("anchors", [6, 9])
+def test_damaged_files_of_the_run_are_named(anchors, settings, tmp_path):
+    run(settings, tmp_path, "--optimizer.max_steps", "2", "--export", "false")
+    evaluation = tmp_path / "run" / "evaluation.json"
+    evaluation.write_text(f'{{"before": {{"a b": {"9" * 400}}}}}')
+    with pytest.raises(UserError, match="evaluation.json: has no valid metrics under `before`"):
+        run(settings, tmp_path, "--optimizer.max_steps", "2", "--export", "false")
+    names = "abcdefghij"[: anchors + 1]
+    lines = ["a: &a {x: 1, y: 2}"]
+    lines += [
+        f"{name}: &{name} {{{', '.join(f'k{i}: *{before}' for i in range(9))}}}"
+        for before, name in zip(names, names[1:], strict=False)
+    ]
+    (tmp_path / "run" / "config.yaml").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="config.yaml and inputs.json, which identify the run, cannot be read"):
+        run(settings, tmp_path, "--optimizer.max_steps", "2", "--export", "false")
 
 
 def test_link_in_place_of_the_lock_is_refused(settings, tmp_path):

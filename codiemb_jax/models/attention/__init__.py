@@ -38,7 +38,7 @@ ATTEND: dict[Backend, Callable[..., jax.Array]] = {
 }
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "xla_cpu": "cpu"}
 """The platform that a backend needs; xla runs on all."""
-ROW_MULTIPLES = {"splash": 128}
+ROW_MULTIPLES = {"splash": 128, "cudnn": 8}
 """Row lengths must be multiples of this. Other rows are computed by xla."""
 
 
@@ -105,7 +105,8 @@ def choose_backend(
     Raises:
       UserError: If the backend in the settings cannot run the model on these devices.
     """
-    platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+    device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
+    platform = device.platform
     problems: dict[str, list[str]] = {"xla": []}
     for backend, needed in PLATFORMS.items():
         problems[backend] = [
@@ -117,6 +118,9 @@ def choose_backend(
                 f"mesh.tensor {tensor} must divide the number of key heads, {kv_heads}": kv_heads % tensor,
                 f"head sizes must be multiples of 8 up to 128, this one is {head_dim}": backend == "cudnn"
                 and (head_dim % 8 or head_dim > 128),
+                "it needs an NVIDIA GPU of compute capability 8.0 or higher": backend == "cudnn"
+                and platform == "gpu"
+                and not _is_ampere_or_later(device),
             }.items()
             if applies
         ]
@@ -132,3 +136,8 @@ def choose_backend(
     raise UserError(
         f"model.attention_backend: {setting} cannot be used: {'; '.join(problems[setting])}; auto or xla would work"
     )
+
+
+def _is_ampere_or_later(device: jax.Device) -> bool:
+    major = str(device.compute_capability).partition(".")[0]  # "8.0"; a name such as "gfx942" on AMD GPUs
+    return major.isdecimal() and int(major) >= 8

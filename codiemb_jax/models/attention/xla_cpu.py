@@ -55,8 +55,10 @@ def _forward(
                 largest = jnp.max(scores, axis=-1, keepdims=True)
                 weights = jnp.exp(scores - largest)
                 total = jnp.sum(weights, axis=-1, keepdims=True)
-                attended = jnp.einsum("kgqs,ksd->kgqd", weights.astype(value.dtype), block_value)
-                return attended / total.astype(value.dtype), largest + jnp.log(total)
+                attended = jnp.einsum(
+                    "kgqs,ksd->kgqd", weights.astype(value.dtype), block_value, preferred_element_type=jnp.float32
+                )
+                return (attended / total).astype(value.dtype), largest + jnp.log(total)
 
             return _switch(attend_window, block, key.shape[1])
 
@@ -87,7 +89,7 @@ def _backward(causal: bool, saved: tuple[jax.Array, ...], gradient: jax.Array) -
                 weights = jnp.exp(scores - log_sums)
                 d_weights = jnp.einsum("kgqd,ksd->kgqs", gradient, block_value, preferred_element_type=jnp.float32)
                 d_scores = (weights * (d_weights - sums)).astype(key.dtype)
-                d_query = jnp.einsum("kgqs,ksd->kgqd", d_scores, block_key) * scale
+                d_query = jnp.einsum("kgqs,ksd->kgqd", d_scores, block_key, preferred_element_type=jnp.float32) * scale
                 d_key = _sum_over_queries(block.query, d_scores)
                 d_value = _sum_over_queries(gradient, weights.astype(value.dtype))
                 return tuple(
@@ -95,15 +97,16 @@ def _backward(causal: bool, saved: tuple[jax.Array, ...], gradient: jax.Array) -
                         total, jax.lax.dynamic_slice_in_dim(total, start, size, 2) + change, start, 2
                     )
                     for total, change in zip(totals, (d_key, d_value), strict=True)
-                ), d_query
+                ), d_query.astype(query.dtype)
 
             return _switch(window_gradients, block, tokens)
 
         blocks = _split(query, segments, kv_heads, causal)
-        zeros = jnp.zeros((kv_heads, head_dim, tokens), key.dtype)
+        zeros = jnp.zeros((kv_heads, head_dim, tokens), jnp.float32)
         inputs = (blocks, _split_tokens(gradient, kv_heads), _split_tokens(sums, kv_heads), log_sums)
         (d_key, d_value), d_query = jax.lax.scan(block_gradients, (zeros, zeros), inputs)
-        return d_query, d_key.swapaxes(1, 2), d_value.swapaxes(1, 2)
+        d_key, d_value = (total.astype(key.dtype).swapaxes(1, 2) for total in (d_key, d_value))
+        return d_query, d_key, d_value
 
     rows = (query, key, value, segment_ids, attended, log_sums, gradient)
     d_query, d_key, d_value = jax.lax.map(row_gradients, rows)
@@ -179,8 +182,11 @@ def _window(
 
 
 def _sum_over_queries(by_dim: jax.Array, by_key: jax.Array) -> jax.Array:
-    """Contracts [kv_heads, groups, queries, head_dim] with [kv_heads, groups, queries, keys] to [.., head_dim, keys].
+    """Contracts [kv_heads, groups, queries, head_dim] with [kv_heads, groups, queries, keys].
+
+    Returns float32 [kv_heads, head_dim, keys].
 
     In this order, XLA transposes the smaller operand.
     """
-    return jax.lax.dot_general(by_dim, by_key, (((1, 2), (1, 2)), ((0,), (0,))))
+    dimensions = (((1, 2), (1, 2)), ((0,), (0,)))
+    return jax.lax.dot_general(by_dim, by_key, dimensions, preferred_element_type=jnp.float32)

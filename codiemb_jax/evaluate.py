@@ -1,0 +1,114 @@
+"""Evaluates a model on held-out data: IR and STS files of this project, and retrieval data in the format of BEIR.
+
+Prints a table with nDCG@10, MRR@10, Recall@10, Recall@100 and MAP of retrieval, and Spearman and Pearson correlation of
+similarity.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from codiemb_jax.errors import UserError
+from codiemb_jax.files import check_new_file, is_unicode
+from codiemb_jax.program import Parser, loading_modules, path_argument, positive_argument, run_program
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_jax.evaluate") -> None:
+    """Runs the program.
+
+    Raises:
+      UserError: If the arguments, the model or the data are invalid.
+    """
+    parser = Parser(prog, __doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="Hugging Face folder, hub id, checkpoint, or folder of a run")
+    for flag, metavar, help_text in (
+        ("--ir", "PATH", "IR files, or folders of them"),
+        ("--sts", "PATH", "STS files, or folders of them"),
+        ("--beir", "DIR", "folders with corpus.jsonl, queries.jsonl and qrels"),
+    ):
+        add(flag, nargs="+", action="extend", default=[], type=path_argument, metavar=metavar, help=help_text)
+    add("--output", type=path_argument, metavar="FILE", help="the .json file to write")
+    add("--instruction", metavar="TEXT", help="task instruction of all queries, instead of those in the data")
+    add(
+        "--query_prompt",
+        metavar="TEXT",
+        help="whole prompt of queries, instead of the model's; {instruction} is replaced by the task instruction",
+    )
+    add(
+        "--max_tokens",
+        type=positive_argument,
+        metavar="N",
+        help="maximum tokens per text (default: the model's maximum)",
+    )
+    add("--batch_size", type=positive_argument, default=32, metavar="N", help="rows per batch (default: 32)")
+    options = parser.parse_args(arguments)
+    if not (options.ir or options.sts or options.beir):
+        raise UserError("no data; give --ir, --sts or --beir")
+    for flag in ("instruction", "query_prompt"):
+        if not is_unicode(text := getattr(options, flag)):
+            raise UserError(f"--{flag} {ascii(text)}: is not valid UTF-8")
+    if options.output:
+        check_new_file(options.output, ".json")
+
+    with loading_modules():
+        from codiemb_jax.compilation import use_compilation_cache
+        from codiemb_jax.distributed import log_console
+        from codiemb_jax.embedder import Embedder
+        from codiemb_jax.evaluation.held_out import HeldOutTexts, read_files
+        from codiemb_jax.files import write_json
+
+    use_compilation_cache()
+    embedder = Embedder.from_pretrained(options.model)
+    max_tokens = options.max_tokens or embedder.max_seq_length
+    if max_tokens > embedder.max_seq_length:
+        raise UserError(f"--max_tokens {max_tokens}: the model's maximum is {embedder.max_seq_length}")
+    texts = HeldOutTexts(
+        embedder.tokenizer,
+        max_tokens,
+        instruction=options.instruction,
+        query_prompt=options.query_prompt,
+        limit_setting="--max_tokens",
+        count_truncated=True,
+    )
+    held_out = read_files(options.ir, options.sts, options.beir, texts, "--")
+    console = log_console()
+    if texts.unused_instructions:
+        console.print(
+            "note: the instructions in the data are not used, because this model's prompts have no placeholder for "
+            "them; --query_prompt sets a prompt with {instruction}",
+            soft_wrap=True,
+            markup=False,
+        )
+    results: dict[str, dict[str, float]] = {}
+    for data in held_out:
+        results.setdefault(data.name, {}).update(data.score(embedder, options.batch_size))
+    if texts.truncated:
+        console.print(
+            f"warning: {texts.truncated:,} texts have more than {max_tokens} tokens and were truncated", soft_wrap=True
+        )
+    print_table(results)
+    if options.output:
+        check_new_file(options.output, ".json")
+        try:
+            write_json(options.output, {"model": options.model, "results": results})
+        except OSError as error:
+            raise UserError(f"--output {options.output}: cannot be written: {error.strerror}") from error
+
+
+def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
+    """Prints the metrics, with a row for each name of data."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
+    table = Table("data", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # 80 characters are enough for all metrics
+    for metric in metrics:
+        table.add_column(metric, justify="right", overflow="fold")
+    for name, values in results.items():
+        table.add_row(escape(name), *(f"{values[metric]:.4f}" if metric in values else "" for metric in metrics))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_program(main)

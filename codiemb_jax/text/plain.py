@@ -1,0 +1,34 @@
+"""Parses lines of JSON with a text and nothing else that this project uses."""
+
+import json
+from typing import NamedTuple
+
+from codiemb_jax.files import is_unicode
+
+
+class TitledText(NamedTuple):
+    """A text and its title, which may be empty."""
+
+    title: str
+    text: str
+
+
+def parse_text(line: str) -> TitledText:
+    """Parses an object with a `text` and optionally a `title`.
+
+    Raises:
+      ValueError: If the line is something else.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON ({error}), expected one JSON object per line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError('text: missing or not a string, expected an object like {"text": "..."}')
+    title = record.get("title")
+    if not isinstance(title, str | None):
+        raise ValueError("title: expected a string")
+    found = TitledText(title or "", record["text"])
+    if not is_unicode(found):
+        raise ValueError("text: unpaired surrogate (\\ud800 to \\udfff), expected valid Unicode")
+    return found

@@ -1,0 +1,64 @@
+"""Tests of finding and naming data files."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from codiemb_jax.data.find import dataset_names, find_files
+from codiemb_jax.errors import UserError
+
+
+def test_find_files_searches_folders_recursively_and_sorts(tmp_path):
+    for name in ("b/z.jsonl", "b/deep/er/a.json", "a.jsonl", "b/readme.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    files = find_files([tmp_path / "b", tmp_path / "a.jsonl"], "data.ir")
+    assert files == [tmp_path / "a.jsonl", tmp_path / "b/deep/er/a.json", tmp_path / "b/z.jsonl"]
+
+
+def test_all_invalid_paths_are_reported(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.json").write_text("{}")
+    (tmp_path / "a.csv").write_text("")
+    names = ["empty", "missing.jsonl", "a.csv", "folder", "folder/../folder/a.json"]
+    with pytest.raises(UserError) as caught:
+        find_files([tmp_path / name for name in names], "data.sts")
+    assert str(caught.value).splitlines() == [
+        "data.sts:",
+        f"  {tmp_path}/empty: the folder contains no .json or .jsonl files",
+        f"  {tmp_path}/missing.jsonl: no such file or folder",
+        f"  {tmp_path}/a.csv: expected a .json or .jsonl file, or a folder (the data guide shows how to convert CSV)",
+        f"  {tmp_path}/folder/a.json and {tmp_path}/folder/../folder/a.json: the same file is listed 2 times; "
+        "list it once",
+    ]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_links_to_the_same_file_raise_user_error(link, tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    link(tmp_path / "a.json", tmp_path / "b.json")
+    with pytest.raises(UserError) as caught:
+        find_files([tmp_path / "a.json", tmp_path / "b.json"], "data.ir")
+    names = f"{tmp_path}/a.json and {tmp_path}/b.json"
+    assert str(caught.value) == f"data.ir:\n  {names}: the same file is listed 2 times; list it once"
+
+
+def test_pipe_raises_user_error(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(UserError, match=f"{tmp_path}/a.json: not a file or folder"):
+        find_files([tmp_path / "a.json"], "data.ir")
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        ([], []),
+        (["x/a.json", "x/b.json"], ["a", "b"]),
+        (["x/a.json", "x/a.jsonl"], ["a.json", "a.jsonl"]),
+        (["x/a.json", "y/a.json", "y/b.json"], ["x/a.json", "y/a.json", "y/b.json"]),
+    ],
+)
+def test_dataset_names_are_the_shortest_unique_ones(files, names):
+    assert dataset_names([Path(file) for file in files]) == names

@@ -1,0 +1,170 @@
+"""Tests of the program that encodes the texts of a file, with the model of the quickstart."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import codiemb_jax
+from codiemb_jax import Embedder, encoding
+from codiemb_jax.cli import main as codiemb
+from codiemb_jax.errors import UserError
+
+MODEL = Path(codiemb_jax.__file__).parent / "quickstart" / "model"
+WORDS = ("plants", "make", "sugar", "from", "light", "while", "water", "and", "salt", "move", "through", "stones")
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    return Embedder.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def texts(tmp_path) -> list[str]:
+    rng = np.random.default_rng(3)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(1, 30))) for _ in range(150)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
+
+
+def encode(folder: Path, output: str, *flags: str, source: str = "texts.txt") -> np.ndarray:
+    codiemb(
+        ["encode", "--model", str(MODEL), "--input", str(folder / source), "--output", str(folder / output), *flags]
+    )
+    return np.load(folder / output) if output.endswith(".npy") else np.empty(0)
+
+
+@pytest.mark.parametrize("kind", ["query", "document"])
+def test_vectors_match_embedder(kind, embedder, texts, tmp_path):
+    expected = embedder.encode_query(texts) if kind == "query" else embedder.encode_document(texts)
+    found = encode(tmp_path, "o.npy", "--kind", kind)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.npy", "texts.txt"]
+
+
+def test_precisions_and_dimensions(embedder, texts, tmp_path):
+    vectors = embedder.encode_document(texts).astype(np.float64)
+    cut = vectors[:, :16] / np.linalg.norm(vectors[:, :16], axis=1, keepdims=True)
+    np.testing.assert_allclose(encode(tmp_path, "cut.npy", "--dim", "16"), cut, atol=1e-6)
+    small = encode(tmp_path, "int8.npy", "--dim", "16", "--precision", "int8")
+    assert small.dtype == np.int8
+    np.testing.assert_allclose(small, cut * 127, atol=0.501)
+    bits = encode(tmp_path, "bits.npy", "--precision", "binary")
+    unpacked = np.unpackbits((bits.astype(np.int16) + 128).astype(np.uint8), axis=1)
+    clear = np.abs(vectors) > 1e-6
+    np.testing.assert_array_equal(unpacked[clear], (vectors > 0)[clear])
+
+
+def test_parquet_has_the_same_vectors(texts, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
+    encode(tmp_path, "o.parquet", source="texts.jsonl")
+    rows = parquet.read_table(tmp_path / "o.parquet")["embedding"].to_pylist()
+    np.testing.assert_array_equal(np.array(rows, np.float32), encode(tmp_path, "o.npy"))
+
+
+def test_interrupted_run_continues_without_a_gap_or_a_double(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 32)
+    expected = encode(tmp_path, "whole.npy")
+    embed, encoded = encoding._embed, []
+
+    def interrupted(embedder, block, settings):
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        encoded.append(len(block))
+        return embed(embedder, block, settings)
+
+    monkeypatch.setattr(encoding, "_embed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path, "o.npy")
+    partial = tmp_path / ".o.npy.partial"
+    with (partial / "vectors.npy").open("ab") as file:
+        file.write(b"half a row")  # written, but not recorded
+    with pytest.raises(UserError, match="left from an interrupted run with other texts, settings or another model"):
+        encode(tmp_path, "o.npy", "--dim", "16")
+    rest = []
+    monkeypatch.setattr(encoding, "_embed", lambda *args: (rest.append(len(args[1])), embed(*args))[1])
+    np.testing.assert_array_equal(encode(tmp_path, "o.npy"), expected)
+    assert encoded == [32, 32]
+    assert rest == [32, 32, 22]
+    assert not partial.exists()
+
+
+def test_shortened_partial_output_is_refused(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 64)
+    calls, embed = [], encoding._embed
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return embed(*args)
+
+    monkeypatch.setattr(encoding, "_embed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path, "o.npy")
+    os.truncate(tmp_path / ".o.npy.partial" / "vectors.npy", 200)
+    with pytest.raises(UserError, match="vectors.npy: is damaged; remove the folder"):
+        encode(tmp_path, "o.npy")
+
+
+def test_long_texts_are_counted(embedder, tmp_path, capsys):
+    long = " ".join(WORDS * embedder.max_seq_length)
+    (tmp_path / "texts.txt").write_text(f"{long}\nshort\n{long}\n")
+    found = encode(tmp_path, "o.npy")
+    limit = embedder.max_seq_length
+    output = " ".join(capsys.readouterr().err.split())
+    assert f"warning: 2 texts have more than {limit} tokens and were truncated" in output
+    np.testing.assert_allclose(found[0], embedder.encode_document([long])[0], atol=1e-6)
+
+
+BAD = {
+    "empty line": (b"a\n\nb\n", "texts.txt:2: empty text"),
+    "not UTF-8": (b"a\nb\xff\n", "texts.txt:2: not valid UTF-8"),
+    "no text": (b"", "contains no texts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_invalid_texts_leave_nothing(case, tmp_path):
+    content, message = BAD[case]
+    (tmp_path / "texts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        encode(tmp_path, "o.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_invalid_json_names_each_line(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": 1}\n[]\n{"text": "\\ud800"}\n{\n')
+    with pytest.raises(UserError) as error:
+        encode(tmp_path, "o.npy", source="t.jsonl")
+    assert [line.partition("t.jsonl:")[2][:8] for line in str(error.value).splitlines()[1:]] == [
+        "2: text:", "3: text:", "4: text:", "5: inval",
+    ]  # fmt: skip
+
+
+FLAGS = {
+    "--dim 100000": (("--dim", "100000"), "--dim 100000: the model's vectors have"),
+    "--dim 12 binary": (("--dim", "12", "--precision", "binary"), "give a multiple of 8"),
+    "--dim 0": (("--dim", "0"), "expected an integer from 1"),
+    "instruction": (("--instruction", "x"), "add --kind query"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_invalid_flags(case, texts, tmp_path):
+    flags, message = FLAGS[case]
+    with pytest.raises(UserError, match=message):
+        encode(tmp_path, "o.npy", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_output_that_exists_is_kept(texts, tmp_path):
+    (tmp_path / "o.npy").write_text("mine")
+    with pytest.raises(UserError, match="already exists"):
+        encode(tmp_path, "o.npy")
+    assert (tmp_path / "o.npy").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.npy", "texts.txt"]
