@@ -16,6 +16,7 @@ round. On a known GPU, MFU is the same as a share of its peak.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -242,12 +243,17 @@ TRAINERS = {
     LIMIT: run_limit,
     TORCH_LIMIT: run_torch_limit,
 }
+TORCH = ("transformers", "sentence-transformers", TORCH_LIMIT)
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Runs a trainer in its own process."""
     output = options.work / "result.json"
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--trainer", name, "--json", output], check=True)
+    environment = dict(os.environ)
+    if name in TORCH:  # JAX only plans the batches there, and must not take the memory of the GPU
+        environment["JAX_PLATFORMS"] = "cpu"
+    command = [sys.executable, __file__, *sys.argv[1:], "--trainer", name, "--json", str(output)]
+    subprocess.run(command, check=True, env=environment)
     return json.loads(output.read_text())
 
 
