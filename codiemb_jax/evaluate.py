@@ -1,10 +1,16 @@
-"""Evaluates a model on held-out data: IR and STS files of this project, and retrieval data in the format of BEIR.
+"""Evaluates a model on held-out data: IR and STS files of this project, data in the format of BEIR, and tasks of MTEB.
 
 Prints a table with nDCG@10, MRR@10, Recall@10, Recall@100 and MAP of retrieval, and Spearman and Pearson correlation of
-similarity.
+similarity; and one with the means of the main scores of MTEB's tasks.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from codiemb_jax.errors import UserError
 from codiemb_jax.files import check_new_file, is_unicode
@@ -26,6 +32,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         ("--beir", "DIR", "folders with corpus.jsonl, queries.jsonl and qrels"),
     ):
         add(flag, nargs="+", action="extend", default=[], type=path_argument, metavar=metavar, help=help_text)
+    add(
+        "--mteb",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="tasks of MTEB, whose data sets are downloaded; cmteb means the 31 tasks of MTEB(cmn, v1)",
+    )
+    add("--mteb_results", type=path_argument, metavar="DIR", help="keep MTEB's results here, and continue from them")
     add("--output", type=path_argument, metavar="FILE", help="the .json file to write")
     add("--instruction", metavar="TEXT", help="task instruction of all queries, instead of those in the data")
     add(
@@ -41,8 +56,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     )
     add("--batch_size", type=positive_argument, default=32, metavar="N", help="rows per batch (default: 32)")
     options = parser.parse_args(arguments)
-    if not (options.ir or options.sts or options.beir):
-        raise UserError("no data; give --ir, --sts or --beir")
+    if not (options.ir or options.sts or options.beir or options.mteb):
+        raise UserError("no data; give --ir, --sts, --beir or --mteb")
+    if options.mteb_results and not options.mteb:
+        raise UserError("--mteb_results has no effect without --mteb")
+    if options.mteb and options.max_tokens:
+        raise UserError("--max_tokens does not apply to --mteb, which uses the model's maximum; leave it out")
     for flag in ("instruction", "query_prompt"):
         if not is_unicode(text := getattr(options, flag)):
             raise UserError(f"--{flag} {ascii(text)}: is not valid UTF-8")
@@ -54,10 +73,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         from codiemb_jax.distributed import log_console
         from codiemb_jax.embedder import Embedder
         from codiemb_jax.evaluation.held_out import HeldOutTexts, read_files
+        from codiemb_jax.evaluation.mteb_tasks import MtebEncoder, find_tasks, mteb_table, run_mteb
         from codiemb_jax.files import write_json
 
     use_compilation_cache()
+    instructions = {}
+    if options.mteb:
+        names = [task.metadata.name for task in find_tasks(options.mteb)]
+        if options.instruction is not None:
+            instructions = dict.fromkeys(names, options.instruction)
     embedder = Embedder.from_pretrained(options.model)
+    if options.mteb:
+        MtebEncoder(embedder, query_prompt=options.query_prompt, instructions=instructions)  # checks the prompt
     max_tokens = options.max_tokens or embedder.max_seq_length
     if max_tokens > embedder.max_seq_length:
         raise UserError(f"--max_tokens {max_tokens}: the model's maximum is {embedder.max_seq_length}")
@@ -85,22 +112,32 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         console.print(
             f"warning: {texts.truncated:,} texts have more than {max_tokens} tokens and were truncated", soft_wrap=True
         )
-    print_table(results)
+    content: dict[str, Any] = {"model": options.model, "results": results}
+    if results:
+        print_table(results)
+    if options.mteb:
+        mteb_results = run_mteb(
+            embedder,
+            names,
+            query_prompt=options.query_prompt,
+            instructions=instructions,
+            model_name=options.model,
+            results_folder=options.mteb_results,
+            batch_size=options.batch_size,
+        )
+        table, means = mteb_table(mteb_results)
+        Console().print(table)
+        content["mteb"] = {"tasks": {score.task: score.value for score in mteb_results.scores}, "means": means}
     if options.output:
         check_new_file(options.output, ".json")
         try:
-            write_json(options.output, {"model": options.model, "results": results})
+            write_json(options.output, content)
         except OSError as error:
             raise UserError(f"--output {options.output}: cannot be written: {error.strerror}") from error
 
 
 def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
     """Prints the metrics, with a row for each name of data."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
     table = Table("data", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # 80 characters are enough for all metrics
     for metric in metrics:

@@ -1,5 +1,6 @@
 """Tests of the program that evaluates models, with the model and the data of the quickstart."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
@@ -20,9 +22,12 @@ from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.checkpoints.orbax import save_model
 from codiemb_jax.cli import main as codiemb
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
+from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
+from codiemb_jax.evaluation.mteb_tasks import run_mteb
 from codiemb_jax.sharding import make_mesh
 from codiemb_jax.text.records import Triple, read_records
+from tests.evaluation.local_mteb import LocalRetrieval, LocalSTS, pairs
 from tests.evaluation.test_beir import make_data, write
 from tests.helpers import sentence_transformer
 
@@ -47,6 +52,14 @@ def models(tmp_path_factory) -> Path:
     del config["query_template"], config["begin"]
     path.write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Makes mteb know the local tasks."""
+    registry = importlib.import_module("mteb.get_tasks")._TASKS_REGISTRY
+    for task in (LocalRetrieval, LocalSTS):
+        monkeypatch.setitem(registry, task.metadata.name, task)
 
 
 @pytest.fixture
@@ -147,6 +160,40 @@ def test_similarity_matches_sentence_transformers(models, tmp_path):
     }
 
 
+def test_tasks_of_mteb_are_evaluated_in_the_same_run(models, registered, tmp_path, capsys):
+    flags = ("--mteb", "LocalSTS", "LocalRetrieval", "--mteb_results", tmp_path / "mteb", "--sts", STS)
+    codiemb(["evaluate", "--model", str(models / "export"), "--output", str(tmp_path / "o.json"), *map(str, flags)])
+    written = json.loads((tmp_path / "o.json").read_text())
+    embedder = Embedder.from_pretrained(models / "export")
+    expected = {score.task: score.value for score in run_mteb(embedder, ["LocalSTS", "LocalRetrieval"]).scores}
+    assert written["mteb"]["tasks"] == pytest.approx(expected, abs=1e-6)
+    assert written["mteb"]["means"] == pytest.approx(
+        {
+            "Retr.": 100 * expected["LocalRetrieval"],
+            "STS": 100 * expected["LocalSTS"],
+            "Mean(Task)": 50 * sum(expected.values()),
+            "Mean(Type)": 50 * sum(expected.values()),
+        },
+        abs=1e-4,
+    )
+    assert_equal(written["results"], evaluate(models / "export", tmp_path / "sts.json", "--sts", STS))
+    assert f"{written['mteb']['means']['Mean(Task)']:.2f}" in capsys.readouterr().out
+    assert len(list((tmp_path / "mteb").rglob("LocalSTS.json"))) == 1
+
+
+def test_instruction_and_query_prompt_reach_the_tasks_of_mteb(models, registered, tmp_path):
+    prompt, instruction = "<s>Task: {instruction}\nQuery: ", "Find similar sentences"
+    flags = ["--mteb", "LocalSTS", "--query_prompt", prompt, "--instruction", instruction]
+    codiemb(["evaluate", "--model", str(models / "export"), "--output", str(tmp_path / "o.json"), *flags])
+    first, second, scores = pairs(80, 4)
+    embedder = Embedder.from_pretrained(models / "export")
+    whole = prompt.replace("{instruction}", instruction)
+    cosines = (embedder.encode(first, prompt=whole) * embedder.encode(second, prompt=whole)).sum(axis=1)
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert written["mteb"]["tasks"] == {"LocalSTS": pytest.approx(spearmanr(cosines, scores).statistic, abs=1e-6)}
+    assert written["results"] == {}
+
+
 def test_truncated_texts_are_counted(models, tmp_path, capsys):
     long = {"task_type": "ir", "query": ["", "", "short"], "positives": [["", "", "water " * 200]]}
     (tmp_path / "data.jsonl").write_text(json.dumps(long | {"negatives": [["", "", "salt " * 200], ["", "", "x"]]}))
@@ -178,7 +225,11 @@ def test_default_model_is_the_export_of_a_run(models, tmp_path):
 
 
 INVALID: dict[str, tuple[list[Any], str]] = {
-    "no data": ([], "no data; give --ir, --sts or --beir"),
+    "no data": ([], "no data; give --ir, --sts, --beir or --mteb"),
+    "mteb task": (["--mteb", "STSb"], "STSb: mteb has no such task; did you mean STSB"),
+    "mteb limit": (["--mteb", "STSB", "--max_tokens", "40"], "--max_tokens does not apply to --mteb"),
+    "mteb folder": (["--ir", IR, "--mteb_results", "r"], "--mteb_results has no effect without --mteb"),
+    "mteb prompt": (["--mteb", "STSB", "--query_prompt", "<s>"], "must contain the placeholder {instruction}"),
     "ending": (["--ir", IR, "--output", "o.txt"], r"--output o\.txt: expected a name that ends in \.json"),
     "exists": (["--ir", IR, "--output", "old.json"], r"--output old\.json: already exists; give a new file"),
     "no folder": (["--ir", IR, "--output", "a/o.json"], "--output a/o.json: there is no folder a; create it first"),
