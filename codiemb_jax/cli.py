@@ -9,6 +9,7 @@ from codiemb_jax.version import __version__
 
 PROGRAMS = {
     "train": ("codiemb_jax.train", "fine-tune a model, or continue a run that was stopped"),
+    "convert-data": ("codiemb_jax.convert_data", "convert tables and BEIR folders into training data"),
     "prepare": ("codiemb_jax.prepare", "tokenize the data of a configuration ahead of time"),
     "preflight": ("codiemb_jax.preflight", "tell whether a configuration fits on some devices"),
     "evaluate": ("codiemb_jax.evaluate", "evaluate a model on held-out data"),

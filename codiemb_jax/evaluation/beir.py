@@ -101,8 +101,12 @@ def _fetch(location: epath.Path) -> Path:
     return fetch(location, wanted, cache_folder())
 
 
-def read_folder(path: Path) -> BeirFolder:
+def read_folder(path: Path, split: str | None = None) -> BeirFolder:
     """Reads queries and judgments, and checks the corpus.
+
+    Args:
+      path: The folder.
+      split: The split whose judgments are read. None means test, else dev, else the only one.
 
     Raises:
       UserError: If a file is missing or invalid.
@@ -113,7 +117,7 @@ def read_folder(path: Path) -> BeirFolder:
         name: (line, text)
         for line, (name, text) in _unique(path / QUERIES, _read_queries(path / QUERIES, problems), problems)
     }
-    judgments = _find_judgments(path / QRELS)
+    judgments = _find_judgments(path / QRELS, split)
     relevant = _read_judgments(judgments, None if problems else (queries.keys(), documents), problems)
     if problems:
         raise UserError(f"invalid BEIR data:\n{format_problems(problems)}")
@@ -198,15 +202,19 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from error
 
 
-def _find_judgments(folder: Path) -> Path:
-    """Returns the file with the judgments of the test split, else of the dev split, else the only one."""
+def _find_judgments(folder: Path, split: str | None) -> Path:
+    """Returns the file with the judgments of a split, see `read_folder`."""
     try:
         files = {file.name: file for file in folder.iterdir() if file.suffix == ".tsv"} if folder.is_dir() else {}
     except OSError as error:
         raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from error
+    found = ", ".join(sorted(map(shorten, files))) or "none"
+    if split is not None:
+        if f"{split}.tsv" not in files:
+            raise UserError(f"{shown(folder)}: no split {shorten(split)!r}, found {found}")
+        return files[f"{split}.tsv"]
     names = [name for name in SPLITS if name in files] or list(files)
     if not names or (len(names) > 1 and names[0] not in SPLITS):
-        found = ", ".join(sorted(map(shorten, names))) or "none"
         raise UserError(f"{shown(folder)}: expected test.tsv, dev.tsv, or a single other .tsv file, found {found}")
     return files[names[0]]
 

@@ -1,0 +1,105 @@
+"""Converts data into the format of this project: tables of pairs and triplets, and BEIR folders.
+
+Reads .csv, .tsv, .jsonl, .json and .parquet files, folders of datasets' save_to_disk, and BEIR folders. Writes
+train.jsonl, and with --held_out also heldout.jsonl, to a new folder.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from codiemb_jax.errors import UserError
+from codiemb_jax.files import check_new_folder, is_unicode, new_folder
+from codiemb_jax.program import Parser, count_argument, loading_modules, path_argument, run_program
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_jax.convert_data") -> None:
+    """Runs the program.
+
+    Raises:
+      UserError: If the arguments or the data are invalid.
+    """
+    parser = Parser(prog, __doc__)
+    add = parser.add_argument
+    add("--input", required=True, type=path_argument, metavar="PATH", help="file or folder to convert")
+    add("--output", required=True, type=path_argument, metavar="DIR", help="folder to write; must not exist")
+    add("--query", default="query", metavar="COLUMN", help="queries, or first texts of pairs (default: query)")
+    add(
+        "--positive",
+        nargs="+",
+        default=["positive"],
+        metavar="COLUMN",
+        help="relevant passages, or second texts of pairs (default: positive)",
+    )
+    add("--negative", nargs="+", default=[], metavar="COLUMN", help="hard negatives")
+    add("--score", metavar="COLUMN", help="similarity scores of pairs; without it, the data is for retrieval")
+    add(
+        "--max_score",
+        type=_positive_number,
+        default=1.0,
+        metavar="X",
+        help="highest possible score; scores are divided by it (default: 1)",
+    )
+    add("--instruction", default="", metavar="TEXT", help="task instruction of the queries")
+    add("--split", default="train", metavar="NAME", help="split of a folder (default: train)")
+    add(
+        "--held_out", type=_share, default=0.0, metavar="SHARE", help="share of the queries for evaluation, such as 0.1"
+    )
+    add("--seed", type=count_argument, default=0, metavar="N", help="seed of the choice of these queries (default: 0)")
+    options = parser.parse_args(arguments)
+    if options.score and (options.negative or len(options.positive) > 1):
+        raise UserError("--score: similarity pairs have one --positive column and no --negative columns")
+    for flag in ("instruction", "split", "query", "score", "positive", "negative"):
+        if not is_unicode(value := getattr(options, flag)):
+            raise UserError(f"--{flag} {ascii(value)}: is not valid UTF-8")
+    check_new_folder(options.output, "--output", *([options.input] if options.input.is_dir() else []))
+
+    with loading_modules():
+        from rich.console import Console
+
+        from codiemb_jax.conversion import ConversionSettings, convert
+
+    settings = ConversionSettings(
+        task="sts" if options.score else "ir",
+        query=options.query,
+        positives=tuple(options.positive),
+        negatives=tuple(options.negative),
+        score=options.score or "",
+        max_score=options.max_score,
+        instruction=options.instruction,
+        split=options.split,
+        held_out=options.held_out,
+        seed=options.seed,
+    )
+    with new_folder(options.output) as folder:
+        report = convert(options.input, folder, settings)
+    console = Console()
+    console.print(f"read {report.rows:,} {'judgments' if (options.input / 'qrels').is_dir() else 'rows'}")
+    for name, number in report.examples.items():
+        path = options.output / name
+        console.print(f"wrote {number:,} {settings.task} examples to {path}", soft_wrap=True, markup=False)
+
+
+def _positive_number(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
+    return number
+
+
+def _share(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number between 0 and 1")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+if __name__ == "__main__":
+    run_program(main)
