@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import tomllib
@@ -13,6 +14,7 @@ import yaml
 from codiemb_jax import cli
 from codiemb_jax.config import Settings
 from codiemb_jax.config_file import find_config, load_settings
+from codiemb_jax.embedder import Embedder
 from codiemb_jax.text.records import read_records
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
@@ -100,6 +102,8 @@ def test_commands_are_valid(page):
                 source = read_text(REPOSITORY / (cli.PROGRAMS[name][0].replace(".", "/") + ".py"))
                 flags = [word for word in arguments if word.startswith("--")]
                 assert flags and all(f'"{flag}"' in source for flag in flags), words
+        elif words[:2] == ["python", "-c"]:
+            ast.parse(words[2])
         elif words[0] == "python":
             assert (REPOSITORY / words[1]).is_file(), words
             flags = [word for word in words[2:] if word.startswith("--")]
@@ -183,21 +187,17 @@ def test_data_examples_are_valid(page, tmp_path):
 
 @pytest.fixture(scope="module")
 def working_folder(golden, tmp_path_factory) -> Path:
-    """A folder with the inputs of the Python examples: exports, a checkpoint and a CSV file."""
+    """A folder with the inputs of the Python examples: exports and a checkpoint."""
     folder = tmp_path_factory.mktemp("docs")
     checkpoint = folder / "runs" / "mine" / "checkpoints" / "STEP"
     hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(checkpoint)])
     for run in ("mine", "quickstart"):
         export = folder / "runs" / run / "export"
         orbax_to_hf(["--checkpoint", str(checkpoint), "--output", str(export), "--architecture", "stock"])
-    rows = "".join(f'"question {i}, with a comma?",answer {i}\n' for i in range(20))
-    (folder / "faq.csv").write_text("question,answer\n" + rows, encoding="utf-8")
     return folder
 
 
-@for_pages_with(
-    "python", "README.md", "docs/guides/data.md", "docs/guides/export.md", "docs/guides/train.md", "docs/index.md"
-)
+@for_pages_with("python", "README.md", "docs/guides/export.md", "docs/guides/train.md", "docs/index.md")
 def test_python_examples_run(page, working_folder, monkeypatch):
     monkeypatch.chdir(working_folder)
     for block in code_blocks(page, "python"):
@@ -206,10 +206,40 @@ def test_python_examples_run(page, working_folder, monkeypatch):
         exec(compile(block, str(page), "exec"), {})
 
 
-def test_csv_conversion_example(working_folder, monkeypatch):
-    monkeypatch.chdir(working_folder)
-    (code,) = (block for block in code_blocks(REPOSITORY / "docs/guides/data.md", "python") if "csv" in block)
-    exec(compile(code, "data.md", "exec"), {})
+def test_five_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+    """From a CSV file to a model that is trained, evaluated, exported and queried, with the README's settings."""
+    monkeypatch.chdir(tmp_path)
+    topics = ("bicycle", "oven", "garden", "printer", "passport", "guitar", "kettle", "tent")
+    places = ("at home", "at work", "in winter", "in a city", "on a boat")
+    rows = "".join(
+        f'"How do I clean, and repair, a {topic} {place}?",To clean a {topic} {place} use a soft cloth\n'
+        for topic in topics
+        for place in places
+    )
+    Path("faq.csv").write_text("question,answer\n" + rows, encoding="utf-8")
+    (example,) = code_blocks(README, "yaml")
+    settings = yaml.safe_load(example)
+    settings["model"]["path"] = "package://quickstart/model"  # instead of a larger one
+    Path("mine.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (block,) = (block for block in code_blocks(README) if "convert-data" in block)
+    install, *steps = [shlex.split(line) for line in block.splitlines()]
+    assert install == ["pip", "install", "-e", "."]
+    assert [words[:2] for words in steps] == [["codiemb", name] for name in ("convert-data", "train", "evaluate")] + [
+        ["python", "-c"]
+    ]
+    for words in steps[:3]:
+        cli.main(words[1:])
     train, held_out = (list(read_records(Path("data") / f"{name}.jsonl", "ir")) for name in ("train", "heldout"))
-    assert [record.query.text for record in held_out] == [f"question {i}, with a comma?" for i in (0, 10)]
-    assert [record.positives[0].text for record in train] == [f"answer {i}" for i in range(20) if i % 10]
+    assert (len(train), len(held_out)) == (36, 4)
+    lines = Path("runs/mine/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    after = json.loads(Path("runs/mine/evaluation.json").read_text(encoding="utf-8"))["after"]
+    found = json.loads(Path("results.json").read_text(encoding="utf-8"))["results"]
+    assert {f"heldout {name}": value for name, value in found["heldout"].items()} == pytest.approx(after, abs=1e-6)
+    capsys.readouterr()
+    exec(compile(steps[3][2], "README.md", "exec"), {})
+    printed = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+    model = Embedder.from_pretrained("runs/mine/export")
+    query = model.encode_query("how do I reset my password")
+    documents = model.encode_document(["Choose Forgot password on the sign-in page.", "We ship to all countries."])
+    assert printed == pytest.approx((documents @ query).tolist(), abs=1e-5)
