@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,12 +51,12 @@ class Example(NamedTuple):
     score: float | None = None
 
 
-@dataclass
-class ConversionReport:
-    """Numbers of what was read and written."""
+class ConversionReport(NamedTuple):
+    """How much was read and written."""
 
-    rows: int = 0
-    examples: dict[str, int] = field(default_factory=dict)
+    rows: int
+    """Rows of the table, or judgments of the BEIR folder."""
+    examples: dict[str, int]
     """By name of the file."""
 
 
@@ -74,15 +74,16 @@ def convert(source: Path, folder: Path, settings: ConversionSettings) -> Convers
     Raises:
       UserError: If the source is invalid, or there is no example for one of the files.
     """
-    report = ConversionReport()
     if (source / CORPUS).is_file():
         if settings.task == "sts":
             raise UserError(f"{shown(source)}: a BEIR folder has retrieval data; leave out --score")
-        examples = _read_beir(source, settings.split, report)
+        examples, rows = _read_beir(source, settings.split)
     elif settings.task == "ir":
-        examples = _read_ir(source, settings, report)
+        examples, rows = _read_ir(source, settings)
     else:
-        examples = _read_sts(source, settings, report)
+        examples, rows = _read_sts(source, settings)
+    if not examples:
+        raise UserError(f"{shown(source)}: has no rows")
     queries = list(dict.fromkeys(example.query for example in examples))
     number = round(len(queries) * settings.held_out)
     if settings.held_out and not 0 < number < len(queries):
@@ -101,8 +102,7 @@ def convert(source: Path, folder: Path, settings: ConversionSettings) -> Convers
         with (folder / name).open("w", encoding="utf-8") as file:
             for example in part:
                 file.write(json.dumps(_record(example, settings), ensure_ascii=False) + "\n")
-        report.examples[name] = len(part)
-    return report
+    return ConversionReport(rows, {name: len(part) for name, part in parts.items()})
 
 
 def _record(example: Example, settings: ConversionSettings) -> dict[str, Any]:
@@ -156,57 +156,52 @@ class _Cells:
             raise UserError(f"invalid data:\n{format_problems(self.problems)}")
 
 
-def _read_ir(source: Path, settings: ConversionSettings, report: ConversionReport) -> list[Example]:
+def _read_ir(source: Path, settings: ConversionSettings) -> tuple[list[Example], int]:
     cells = _Cells()
+    rows = 0
     examples: dict[str, Example] = {}
     columns = (settings.query, *settings.positives, *settings.negatives)
     for location, row in read_table(source, settings.split, columns):
+        known = len(cells.problems)
         query = cells.text(location, row, settings.query)
         positives, negatives = (
             dict.fromkeys(text for column in names for text in cells.texts(location, row, column))
             for names in (settings.positives, settings.negatives)
         )
-        if not positives and not cells.problems:
+        if not positives and len(cells.problems) == known:
             cells.problems.append(f"{location}: {', '.join(map(shorten, settings.positives))}: empty")
         example = examples.setdefault(query, Example(query, {}, {}))
         example.positives.update(positives)
         example.negatives.update(negatives)
-        report.rows += 1
+        rows += 1
         cells.check()
     cells.check(at_end=True)
-    _check_rows(source, report)
     for example in examples.values():
         for text in example.positives.keys() & example.negatives.keys():
             del example.negatives[text]
-    return list(examples.values())
+    return list(examples.values()), rows
 
 
-def _read_sts(source: Path, settings: ConversionSettings, report: ConversionReport) -> list[Example]:
+def _read_sts(source: Path, settings: ConversionSettings) -> tuple[list[Example], int]:
     cells = _Cells()
     examples = []
     columns = (settings.query, settings.positives[0], settings.score)
     for location, row in read_table(source, settings.split, columns):
+        known = len(cells.problems)
         first, second = (cells.text(location, row, column) for column in columns[:2])
         score = cells.score(location, row, settings.score) / settings.max_score
-        if not -1 <= score <= 1 and not cells.problems:
+        if not -1 <= score <= 1 and len(cells.problems) == known:
             cells.problems.append(
-                f"{location}: {shorten(settings.score)}: {score * settings.max_score:g} is above the maximum, "
-                f"{settings.max_score:g}; set --max_score"
+                f"{location}: {shorten(settings.score)}: {score * settings.max_score:g} is not between "
+                f"-{settings.max_score:g} and {settings.max_score:g}; set --max_score to the highest possible score"
             )
         examples.append(Example(first, {second: None}, {}, score))
-        report.rows += 1
         cells.check()
     cells.check(at_end=True)
-    _check_rows(source, report)
-    return examples
+    return examples, len(examples)
 
 
-def _check_rows(source: Path, report: ConversionReport) -> None:
-    if not report.rows:
-        raise UserError(f"{shown(source)}: has no rows")
-
-
-def _read_beir(source: Path, split: str, report: ConversionReport) -> list[Example]:
+def _read_beir(source: Path, split: str) -> tuple[list[Example], int]:
     """Returns an example for each query with a relevant document. Documents with a gain of 0 or less are negatives."""
     beir = read_folder(source, split)
     wanted = {name for gains in beir.relevant for name in gains}
@@ -224,8 +219,7 @@ def _read_beir(source: Path, split: str, report: ConversionReport) -> list[Examp
             if positives:
                 yield Example(query, positives, {text: None for text in negatives if text not in positives})
 
-    report.rows = sum(map(len, beir.relevant))
     found = list(examples())
     if not found:
         raise UserError(f"{shown(source)}: no query of the split {split} has a relevant document with a text")
-    return found
+    return found, sum(map(len, beir.relevant))

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     with new_folder(options.output) as folder:
         report = convert(options.input, folder, settings)
     console = Console()
-    console.print(f"read {report.rows:,} {'judgments' if (options.input / 'qrels').is_dir() else 'rows'}")
+    console.print(f"read {report.rows:,} rows")
     for name, number in report.examples.items():
         path = options.output / name
         console.print(f"wrote {number:,} {settings.task} examples to {path}", soft_wrap=True, markup=False)

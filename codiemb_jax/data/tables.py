@@ -1,7 +1,6 @@
 """Reads tables of texts: CSV, TSV, JSON Lines, Parquet, and folders that Hugging Face datasets has saved."""
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from codiemb_jax.cache import shown
 from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.files import is_bare_name, is_unicode, read_json
+from codiemb_jax.text.plain import parse_object
 
 MAX_CELL_CHARACTERS = 2**31 - 1
 """Limit of `csv`, which by default is too low for long documents."""
@@ -94,13 +94,11 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                cells = json.loads(line.decode())
+                cells = parse_object(line.decode())
             except UnicodeDecodeError as error:
                 raise UserError(f"{location}: not valid UTF-8") from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{location}: invalid JSON ({error}), expected one JSON object per line") from error
-            if not isinstance(cells, dict):
-                raise UserError(f"{location}: expected one JSON object per line")
+            except ValueError as error:
+                raise UserError(f"{location}: {error}") from error
             if not is_unicode(cells):
                 raise UserError(f"{location}: unpaired surrogate (\\ud800 to \\udfff), expected valid Unicode")
             yield Row(location, cells)

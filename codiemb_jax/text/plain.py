@@ -1,7 +1,7 @@
-"""Parses lines of JSON with a text and nothing else that this project uses."""
+"""Parses lines of JSON in files of other formats than that of the training data."""
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from codiemb_jax.files import is_unicode
 
@@ -13,8 +13,8 @@ class TitledText(NamedTuple):
     text: str
 
 
-def parse_text(line: str) -> TitledText:
-    """Parses an object with a `text` and optionally a `title`.
+def parse_object(line: str) -> dict[str, Any]:
+    """Parses an object.
 
     Raises:
       ValueError: If the line is something else.
@@ -23,7 +23,19 @@ def parse_text(line: str) -> TitledText:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"invalid JSON ({error}), expected one JSON object per line") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+    if not isinstance(record, dict):
+        raise ValueError("expected one JSON object per line")
+    return record
+
+
+def parse_text(line: str) -> TitledText:
+    """Parses an object with a `text` and optionally a `title`.
+
+    Raises:
+      ValueError: If the line is something else.
+    """
+    record = parse_object(line)
+    if not isinstance(record.get("text"), str):
         raise ValueError('text: missing or not a string, expected an object like {"text": "..."}')
     title = record.get("title")
     if not isinstance(title, str | None):
