@@ -4,7 +4,6 @@ A folder contains `corpus.jsonl` (`_id`, `text`, optionally `title`), `queries.j
 `qrels/test.tsv`: after a header, lines of query id, document id and integer gain, separated by tabs.
 """
 
-import json
 import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from etils import epath
 from codiemb_jax.cache import cache_folder, shown
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.remote import Location, fetch, list_files
+from codiemb_jax.text.plain import parse_object
 
 CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLITS = ("test.tsv", "dev.tsv")
@@ -169,10 +169,7 @@ def _read_objects(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[s
     """Yields line numbers and objects with a valid `_id`."""
     for number, line in _read_lines(path):
         try:
-            content = line.decode()
-            fields = json.loads(content)
-            if not isinstance(fields, dict):
-                raise ValueError("expected one JSON object per line")
+            fields = parse_object(line.decode())
             name = fields.get("_id")
             if not isinstance(name, str) or not name or "\0" in name:
                 raise ValueError("_id: missing, empty or not a string")
@@ -181,9 +178,8 @@ def _read_objects(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[s
         except UnicodeError as error:
             reason = "not valid UTF-8" if isinstance(error, UnicodeDecodeError) else "contains an unpaired surrogate"
             problems.append(f"{shown(path)}:{number}: {reason}")
-        except (ValueError, RecursionError) as error:
-            reason = f"invalid JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
-            problems.append(f"{shown(path)}:{number}: {shorten(reason, 200)}")
+        except ValueError as error:
+            problems.append(f"{shown(path)}:{number}: {shorten(str(error), 200)}")
         else:
             yield number, fields
 

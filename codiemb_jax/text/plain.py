@@ -19,10 +19,7 @@ def parse_object(line: str) -> dict[str, Any]:
     Raises:
       ValueError: If the line is something else.
     """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"invalid JSON ({error}), expected one JSON object per line") from error
+    record = _parse(line)
     if not isinstance(record, dict):
         raise ValueError("expected one JSON object per line")
     return record
@@ -34,8 +31,8 @@ def parse_text(line: str) -> TitledText:
     Raises:
       ValueError: If the line is something else.
     """
-    record = parse_object(line)
-    if not isinstance(record.get("text"), str):
+    record = _parse(line)
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError('text: missing or not a string, expected an object like {"text": "..."}')
     title = record.get("title")
     if not isinstance(title, str | None):
@@ -44,3 +41,10 @@ def parse_text(line: str) -> TitledText:
     if not is_unicode(found):
         raise ValueError("text: unpaired surrogate (\\ud800 to \\udfff), expected valid Unicode")
     return found
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON ({error}), expected one JSON object per line") from error
