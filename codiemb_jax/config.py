@@ -306,6 +306,46 @@ class EvaluationSettings(Section):
     """Held-out similarity data, in the format of data.sts, with Spearman and Pearson correlation."""
     beir: Paths = []
     """Folders in the format of BEIR, with the metrics of held-out retrieval data."""
+    every_steps: PositiveInt | None = None
+    """Evaluate every this many steps and after the last one; null evaluates only before and after training."""
+    metric: Annotated[str, Field(strict=True, min_length=1), BeforeValidator(_check_unicode)] | None = None
+    """The figure that chooses the best checkpoint: a metric of one file, such as "faq nDCG@10"; or the name of a
+    metric, such as MRR@10, for its mean over all files that have it; null: the mean over all files of nDCG@10
+    (retrieval) and Spearman (similarity)."""
+    keep_best: Flag = True
+    """Keep the best of the evaluated checkpoints besides the newest ones, and export it instead of the last."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without improvement; null never stops early."""
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> "EvaluationSettings":
+        if self.every_steps is None:
+            given = [name for name in ("metric", "patience") if getattr(self, name) is not None]
+            given += [] if self.keep_best else ["keep_best: false"]
+            if given:
+                raise ValueError(f"{', '.join(given)}: has no effect without every_steps")
+        elif not (self.ir or self.sts or self.beir):
+            raise ValueError("every_steps requires held-out data: give paths in ir, sts or beir")
+        return self
+
+
+class WandbSettings(Section):
+    project: Annotated[str, Field(strict=True, min_length=1), BeforeValidator(_check_unicode)] | None = None
+    """Project of Weights & Biases that gets the metrics; null does not use it."""
+    mode: Literal["online", "offline"] = "online"
+    """online: send the metrics. offline: keep them in output_dir/wandb, for `wandb sync`."""
+
+    @model_validator(mode="after")
+    def _check_project(self) -> "WandbSettings":
+        if self.project is None and self.mode == "offline":
+            raise ValueError("mode: offline requires project")
+        return self
+
+
+class TrackingSettings(Section):
+    tensorboard: Flag = True
+    """Write event files for TensorBoard to output_dir/tensorboard."""
+    wandb: Annotated[WandbSettings, BeforeValidator(lambda value: {} if value is None else value)] = WandbSettings()
 
 
 class TaskSpec(NamedTuple):
@@ -341,6 +381,7 @@ class Settings(Section):
     mesh: MeshSettings = MeshSettings()
     distributed: DistributedSettings = DistributedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do in a step whose loss or gradient is NaN or infinite. Its update is never applied. stop: end the run;
     skip: continue with the next step."""
@@ -348,6 +389,15 @@ class Settings(Section):
     """Maximum number of steps to skip in a run; one more ends it."""
     export: Flag = True
     """Export a Hugging Face folder to output_dir/export at the end."""
+    push_to_hub: Annotated[str, Field(strict=True, pattern=r"^[\w.-]+/[\w.-]+$", max_length=96)] | None = None
+    """Repository OWNER/NAME of the Hugging Face Hub to which the export is uploaded. It is created at the start, as a
+    private one, unless it exists. null uploads nothing."""
+
+    @model_validator(mode="after")
+    def _check_export(self) -> "Settings":
+        if self.push_to_hub and not self.export:
+            raise ValueError("push_to_hub requires export: true")
+        return self
 
     @model_validator(mode="after")
     def _check_group_sizes(self) -> "Settings":

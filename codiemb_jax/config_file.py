@@ -88,7 +88,7 @@ def flags_parser() -> argparse.ArgumentParser:
     """Returns a parser with one flag per setting."""
     parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
-    for name, field in _all_settings(Settings):
+    for name, field in all_settings(Settings):
         section = name.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "the run")
@@ -114,11 +114,11 @@ def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
     return values
 
 
-def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yields the name and definition of every setting."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_settings(field.annotation, f"{prefix}{name}.")
+            yield from all_settings(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
 
@@ -138,7 +138,7 @@ def _plain_types(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-TYPES = {name: set(_plain_types(field.annotation)) for name, field in _all_settings(Settings)}
+TYPES = {name: set(_plain_types(field.annotation)) for name, field in all_settings(Settings)}
 
 
 def _is_repeated(name: str, texts: list[str]) -> bool:

@@ -3,6 +3,7 @@
 python scripts/make_settings_doc.py
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from codiemb_jax.config import MAX_INT, Settings
+from codiemb_jax.config_file import all_settings
 from codiemb_jax.config_help import describe_default, describe_type
 
 TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
@@ -53,12 +55,12 @@ Integers are at most {max_int} unless the table gives another limit.
 """
 
 
-def settings_table(prefix: str, fields: dict[str, FieldInfo]) -> str:
-    """Returns a Markdown table of the settings in a section."""
+def settings_table(settings: Iterable[tuple[str, FieldInfo]]) -> str:
+    """Returns a Markdown table of settings."""
     rows = ["| setting | value | default | meaning |", "|---|---|---|---|"]
-    for name, field in fields.items():
+    for name, field in settings:
         text = " ".join((field.description or "").split())
-        cells = (f"`{prefix}{name}`", describe_type(field.annotation, field.metadata), describe_default(field), text)
+        cells = (f"`{name}`", describe_type(field.annotation, field.metadata), describe_default(field), text)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -66,13 +68,13 @@ def settings_table(prefix: str, fields: dict[str, FieldInfo]) -> str:
 def document() -> str:
     """Returns the whole page."""
     sections = {name: field.annotation for name, field in Settings.model_fields.items() if is_section(field.annotation)}
-    top_level = {name: field for name, field in Settings.model_fields.items() if name not in sections}
-    parts = [INTRODUCTION.format(max_int=MAX_INT), "## The run\n", settings_table("", top_level)]
+    top_level = [(name, field) for name, field in Settings.model_fields.items() if name not in sections]
+    parts = [INTRODUCTION.format(max_int=MAX_INT), "## The run\n", settings_table(top_level)]
     for name, section in sections.items():
         parts.append(f"## {name}\n")
         if section.__doc__:
             parts.append(section.__doc__.strip() + "\n")
-        parts.append(settings_table(f"{name}.", section.model_fields))
+        parts.append(settings_table(all_settings(section, f"{name}.")))
     return "\n".join(parts)
 
 

@@ -18,7 +18,10 @@ from tests.processes import Processes
 from tests.training import test_resume
 
 SETTINGS = f"""{test_resume.SETTINGS.rstrip()}
-evaluation: {{{{ir: [{{golden}}/data/small_news.jsonl], sts: [{{golden}}/data/small_questions.jsonl]}}}}
+evaluation:
+  ir: [{{golden}}/data/small_news.jsonl]
+  sts: [{{golden}}/data/small_questions.jsonl]
+  every_steps: 3
 """
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXIT_CODES = {
@@ -34,11 +37,12 @@ def outcome(run: Path) -> dict[str, object]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     export = read_files(run / "export")
     steps = [int(path.name) for path in (run / "checkpoints").iterdir()]
+    evaluation = json.loads((run / "evaluation.json").read_text())
     return {
         "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
-        "evaluation": json.loads((run / "evaluation.json").read_text()),
-        # SIGTERM saves one more, so the older of the two that are kept may be another.
-        "checkpoints": (len(steps), max(steps)),
+        "evaluation": evaluation,
+        # SIGTERM saves one more, so the older of the two newest that are kept may be another.
+        "checkpoints": (max(steps), evaluation["step"] in steps),
         "files": sorted(path.name for path in run.iterdir() if path.name != "tensorboard"),
         "export": export,
     }

@@ -26,7 +26,7 @@ from codiemb_jax.data.prepare import prepare
 from codiemb_jax.errors import UserError
 from codiemb_jax.remote import fetch_file, list_files, list_names, original, remote_path, upload, upload_folder
 from codiemb_jax.text.prompts import PromptTokenizer
-from codiemb_jax.training.loop import publish_after_failure
+from codiemb_jax.training.monitor import publish_after_failure
 from codiemb_jax.training.remote_folder import open_run_folder
 from codiemb_jax.training.run import check_cache
 from tests import test_distributed
@@ -435,7 +435,7 @@ def test_remote_run_that_is_killed_continues_like_a_local_one(storage, golden, t
     assert uploaded == "run/export/modules.json"
     steps = {name.split("/")[2] for name in storage.names("run/checkpoints/")}
     assert len(steps) == 2 and str(STEPS) in steps  # SIGTERM may save at an odd step
-    assert json.loads(storage.objects["run/evaluation.json"].content) == {"before": {}, "after": {}}
+    assert json.loads(storage.objects["run/evaluation.json"].content) == {"before": {}, "after": {}, "step": STEPS}
 
     # The finished run, once more, on a machine with an empty cache.
     code, output = finish(start_elsewhere(tmp_path, "again"))

@@ -135,14 +135,17 @@ class OrbaxCheckpoint(ModelFolder):
 class RunCheckpoints:
     """The checkpoints of a run, one folder per saved step; saving runs in the background."""
 
-    def __init__(self, folder: Location, keep: int):
+    def __init__(self, folder: Location, keep: int, best: int | None = None):
         """Opens the checkpoints of a run.
 
         Args:
           folder: Their folder.
           keep: Number of newest checkpoints to keep.
+          best: See the attribute.
         """
         self._folder, self._keep = _absolute(folder), keep
+        self.best = best
+        """A saved step whose checkpoint is kept as well, however old it is."""
         _silence_late_errors()  # a save in the background may fail at any time
         # Only these and the ones saved later are ever deleted, whatever else appears in the folder.
         self._steps = saved_steps(self._folder)
@@ -191,9 +194,11 @@ class RunCheckpoints:
         self._steps.append(step)
 
     def _delete_old(self) -> None:
-        """Deletes all but the newest checkpoints, in the background."""
-        while len(self._steps) > self._keep:
-            step = self._steps.pop(0)
+        """Deletes all but the newest checkpoints and the best one, in the background."""
+        for step in self._steps[: -self._keep]:
+            if step == self.best:
+                continue
+            self._steps.remove(step)
             if is_first_process():
                 with suppress(OSError, UserError):  # a checkpoint that cannot be deleted must not stop the run
                     self._deletions.submit(_remove, _invalidate(self._folder / str(step)))
@@ -294,6 +299,13 @@ def restore_run(folder: Location, step: int, params: Params, optimizer: Any) -> 
         return checkpoint.load(params), restore_item(
             checkpoint.path, "optimizer", checkpoint.arrays["optimizer"], optimizer
         )
+
+
+def restore_params(folder: Location, step: int, params: Params) -> Params:
+    """Restores the parameters after `step` steps. See `restore_run`."""
+    with _run_checkpoint(folder, step) as checkpoint:
+        checkpoint.check(params)
+        return checkpoint.load(params)
 
 
 def restore_passthrough(folder: Location, step: int) -> dict[str, np.ndarray]:

@@ -18,12 +18,13 @@ from codiemb_jax.distributed import log_console
 from codiemb_jax.embedder import Embedder, TextTokenizer, count_truncated, default_prompt, unit_vectors
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.evaluation.beir import QUERIES, BeirFolder, find_folders, read_folder
-from codiemb_jax.evaluation.metrics import CUT, retrieval_metrics, similarity_metrics
+from codiemb_jax.evaluation.metrics import CORRELATIONS, CUT, MEASURES, retrieval_metrics, similarity_metrics
 from codiemb_jax.evaluation.search import VECTORS_PER_BLOCK, TopK, search
 from codiemb_jax.remote import Location
 from codiemb_jax.text.prompts import MAX_INSTANCE_CHARACTERS, EmptyContentError, Tokens, tokenize_groups
 from codiemb_jax.text.records import Triple, read_records
 from codiemb_jax.training.run_folder import HeldOutMetrics
+from codiemb_jax.training.selection import figure
 
 PLACEHOLDER = "{instruction}"
 
@@ -252,7 +253,30 @@ def read_held_out(settings: EvaluationSettings, tokenizer: TextTokenizer, max_to
       UserError: If a file is invalid.
     """
     texts = HeldOutTexts(tokenizer, max_tokens)
-    return read_files(settings.ir, settings.sts, settings.beir, texts, "evaluation.")
+    held_out = read_files(settings.ir, settings.sts, settings.beir, texts, "evaluation.")
+    if settings.metric is not None:
+        check_metric(settings.metric, held_out)
+    return held_out
+
+
+def check_metric(metric: str, held_out: Sequence[HeldOut]) -> None:
+    """Checks that held-out data have the metric that chooses the best checkpoint.
+
+    Raises:
+      UserError: If they do not.
+    """
+    known: dict[str, float] = {}
+    for data in held_out:
+        names = CORRELATIONS if isinstance(data, HeldOutSTS) else MEASURES
+        known |= {f"{data.name} {name}": 0.0 for name in names}
+    try:
+        figure(known, metric)
+    except KeyError as error:
+        raise UserError(
+            f"evaluation.metric: there is no {shorten(metric)!r}; the metrics are "
+            f"{', '.join(dict.fromkeys(name.rpartition(' ')[2] for name in known))}, alone or after the name of a "
+            f"file, such as {next(iter(known))!r}"
+        ) from error
 
 
 def read_files(

@@ -7,6 +7,7 @@ import pytrec_eval
 
 CUT = 1000
 """Number of nearest documents of a query that are ranked, as in BEIR and MTEB."""
+CORRELATIONS = ("Spearman", "Pearson")
 QUERIES_PER_BLOCK = 256
 """Rankings that are given to trec_eval at a time."""
 MEASURES = {
@@ -62,8 +63,6 @@ def similarity_metrics(similarity: np.ndarray, scores: Sequence[float]) -> dict[
     from scipy.stats import pearsonr, spearmanr  # slow to import, and not needed to train
 
     if not np.ptp(similarity):  # the correlation of constant values is undefined
-        return {"Spearman": 0.0, "Pearson": 0.0}
-    return {
-        "Spearman": float(spearmanr(similarity, scores).statistic),
-        "Pearson": float(pearsonr(similarity, scores).statistic),
-    }
+        return dict.fromkeys(CORRELATIONS, 0.0)
+    results = spearmanr(similarity, scores), pearsonr(similarity, scores)
+    return {name: float(result.statistic) for name, result in zip(CORRELATIONS, results, strict=True)}

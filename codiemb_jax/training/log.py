@@ -1,56 +1,49 @@
-"""Logs metrics to metrics.jsonl and TensorBoard, and shows progress."""
+"""Logs metrics to metrics.jsonl and trackers, and shows progress."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.errors import UserError
 from codiemb_jax.files import write_atomically
+from codiemb_jax.training.run_folder import HeldOutMetrics, is_metrics
+from codiemb_jax.training.selection import Evaluation
+from codiemb_jax.training.trackers import Tracker
 
 SECONDS_BETWEEN_LINES = 30
 """Interval of the progress lines if stderr is not a terminal."""
 
 
 class MetricsLog:
-    """Writes the metrics of each step to metrics.jsonl and TensorBoard, and shows a progress bar.
+    """Writes the metrics of each step to metrics.jsonl and trackers, and shows a progress bar.
 
-    A resumed run keeps the lines of the steps before its checkpoint and rewrites the others, so every step has exactly
-    one line.
+    A resumed run keeps the lines up to its checkpoint and writes the others again (see `truncate_metrics`). So every
+    step has exactly one line, and so has every evaluation, after those of the steps before it.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, names: Sequence[str], done: int, total: int, shown: str):
+    def __init__(self, path: Path, names: Sequence[str], done: int, total: int, trackers: Sequence[Tracker]):
         """Opens the log.
 
         Args:
-          path: The path of metrics.jsonl.
-          tensorboard: The folder of TensorBoard event files.
+          path: The path of metrics.jsonl, which contains the lines up to the checkpoint and no others.
           names: The names of the datasets.
           done: Number of steps done at the checkpoint; 0 for a new run.
           total: Number of steps of the whole run.
-          shown: The path of metrics.jsonl in messages.
-
-        Raises:
-          UserError: If lines of steps before the checkpoint are missing or damaged.
+          trackers: Get the metrics as well.
         """
-        _truncate(path, done, shown)
-        self._names = names
+        self._names, self._trackers = names, trackers
         self._last = time.perf_counter()
         self._file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered
-        self._board = EventFileWriter(str(tensorboard))
-        # Makes TensorBoard discard the events that a killed run wrote after its checkpoint.
-        self._write_event(done, session_log=SessionLog(status=SessionLog.START))
         self._console = Console(stderr=True)
         self._printed = self._last
         self._progress = Progress(
@@ -67,7 +60,6 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.flush()
         self._file.close()
-        self._board.close()
         self._progress.stop()
 
     def write(self, plan: StepPlan, metrics: Mapping[str, float], skipped: bool = False) -> None:
@@ -97,8 +89,7 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         scalars = {name if name == "learning_rate" else f"{plan.task}/{name}": value for name, value in values.items()}
         scalars["tokens_per_second"] = plan.tokens / seconds
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
-        self._write_event(plan.number, summary=summary)
+        self._track(plan.number, scalars)
         loss = "skipped" if skipped else f"loss {values['loss']:.4f}"
         status = f"{plan.task:>3} {loss}  {plan.tokens / seconds:,.0f} tokens/s"
         self._progress.update(self._task, completed=plan.number + 1, status=status)
@@ -109,31 +100,93 @@ class MetricsLog:
             left = timedelta(seconds=round(task.time_remaining or 0))
             self._console.print(f"step {plan.number + 1} of {task.total}  {status}  {left} left", soft_wrap=True)
 
-    def _write_event(self, step: int, **content: Any) -> None:
-        self._board.add_event(Event(step=step, wall_time=time.time(), **content))
+    def write_evaluation(self, evaluation: Evaluation, seconds: float, description: str) -> None:
+        """Writes an evaluation.
+
+        Args:
+          evaluation: The evaluation.
+          seconds: How long it took.
+          description: What to show about it.
+        """
+        step, metrics = evaluation
+        self._file.write(json.dumps({"step": step, "evaluation": metrics, "seconds": seconds}) + "\n")
+        self._track(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+        self._console.print(description, soft_wrap=True, markup=False, highlight=False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hides the progress bar in this block, whose time does not count for the next step."""
+        self._progress.stop()
+        try:
+            yield
+        finally:
+            self._progress.start()
+            self._last = time.perf_counter()
+
+    def _track(self, step: int, scalars: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.write(step, scalars)
 
     def flush(self) -> None:
         """Waits until all lines are on disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
 
-def _truncate(path: Path, done: int, shown: str) -> None:
-    """Keeps the lines of steps 0 … done - 1 and removes those that a killed run wrote after its checkpoint."""
-    lines = path.read_bytes().splitlines(keepends=True)[:done] if path.exists() else []
-    valid = next((step for step, line in enumerate(lines) if not _is_line_of(line, step)), len(lines))
-    if valid < done:
+def truncate_metrics(path: Path, done: int, shown: str) -> list[Evaluation]:
+    """Removes the lines that a killed run wrote after its checkpoint.
+
+    Args:
+      path: The path of metrics.jsonl.
+      done: Number of steps done at the checkpoint.
+      shown: The path in messages.
+
+    Returns:
+      The evaluations up to the checkpoint.
+
+    Raises:
+      UserError: If lines of steps before the checkpoint are missing or damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    evaluations: list[Evaluation] = []
+    steps = 0
+    for line in lines:
+        metrics = _metrics_of(line, steps)
+        if metrics is not None:
+            evaluations.append(Evaluation(steps, metrics))
+        elif steps < done and _is_line_of(line, steps):
+            steps += 1
+        else:
+            break
+    if steps < done:
         raise UserError(
-            f"{shown}: contains only {valid} of the {done} lines before the checkpoint; restore the file, or start "
+            f"{shown}: contains only {steps} of the {done} lines before the checkpoint; restore the file, or start "
             "over in another output_dir"
         )
-    write_atomically(path, b"".join(lines).decode())
+    write_atomically(path, b"".join(lines[: steps + len(evaluations)]).decode())
+    return evaluations
 
 
 def _is_line_of(line: bytes, step: int) -> bool:
     """Whether a line is complete and belongs to a step."""
+    return _parse(line).get("step") == step
+
+
+def _metrics_of(line: bytes, step: int) -> HeldOutMetrics | None:
+    """Returns the metrics of a complete line of the evaluation after `step` steps, None of any other line."""
+    if b'"evaluation"' not in line:
+        return None
+    values = _parse(line)
+    metrics = values.get("evaluation")
+    return metrics if values.get("step") == step and is_metrics(metrics) else None
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """Returns the object of a complete line, {} if there is none."""
     try:
-        return line.endswith(b"\n") and json.loads(line.decode("utf-8"))["step"] == step
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+        values = json.loads(line.decode("utf-8")) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        values = None
+    return values if isinstance(values, dict) else {}

@@ -1,8 +1,8 @@
 """Runs training from the first step to the export."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TypeVar
 
@@ -13,25 +13,24 @@ from rich.console import Console
 from codiemb_jax.batch import StepTask
 from codiemb_jax.cache import shown
 from codiemb_jax.checkpoints.export import write_export
+from codiemb_jax.checkpoints.hub import create_repository, upload_export
 from codiemb_jax.checkpoints.model import PretrainedModel
-from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_passthrough, restore_run
+from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_params, restore_passthrough, restore_run, saved_steps
 from codiemb_jax.config import CheckpointSettings, Settings
 from codiemb_jax.data.loader import batches
-from codiemb_jax.data.sampler import StepPlan
-from codiemb_jax.distributed import first_value, is_first_process, log_console, preemption, to_host
+from codiemb_jax.distributed import exchange, first_value, is_first_process, log_console, preemption, to_host
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import replicate, row_sharding
-from codiemb_jax.training.finite import NonFiniteSteps, check_weights, count_skipped
-from codiemb_jax.training.log import MetricsLog
+from codiemb_jax.training.finite import check_weights
+from codiemb_jax.training.monitor import Evaluate, monitored
 from codiemb_jax.training.optimizer import make_optimizer
 from codiemb_jax.training.run import Run, attention_backend
-from codiemb_jax.training.run_folder import HeldOutMetrics, RunFolder
+from codiemb_jax.training.run_folder import HeldOutMetrics
 from codiemb_jax.training.schedule import make_schedule
 from codiemb_jax.training.state import TrainState, abstract_state, initial_state
-from codiemb_jax.training.step import Metrics, make_step
+from codiemb_jax.training.step import make_step
 
-Evaluate = Callable[[Params], HeldOutMetrics]
 Item = TypeVar("Item")
 
 
@@ -55,6 +54,8 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
     """
     settings, model, folder = run.setup.settings, run.setup.model, run.folder
     with jax.set_mesh(run.setup.mesh), folder.write_errors(), ExitStack() as stack:
+        if settings.push_to_hub and is_first_process():
+            create_repository(settings.push_to_hub)  # now, to learn early if that is not allowed
         done = first_value(folder.done)
         if done:  # takes all weights from the checkpoint, because the model's folder may have changed
             initial, passthrough = None, restore_passthrough(folder.checkpoints, done)
@@ -76,29 +77,36 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
             before = evaluate(initial)
             if is_first_process():
                 folder.write_before(before)
-        params = run_steps(run, initial, passthrough, done)
-        after = evaluate(params)
+        params, done, after = run_steps(run, initial, passthrough, done, evaluate)
+        if after is None:
+            after = evaluate(params)
         weights: Params = to_host(params) if settings.export else {}
         if not is_first_process():
             return {}, after
         if settings.export:
+            name = settings.push_to_hub
             folder.write_export(
-                partial(write_export, params=weights, passthrough=passthrough, blueprint=model.blueprint, stock=True)
+                partial(write_export, params=weights, passthrough=passthrough, blueprint=model.blueprint, stock=True),
+                partial(upload_export, name=name) if name else None,
             )
-        return folder.write_after(after), after
+        return folder.write_after(after, done), after
 
 
-def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.ndarray], done: int) -> Params:
-    """Runs the steps and saves checkpoints.
+def run_steps(
+    run: Run, initial: Params | None, passthrough: Mapping[str, np.ndarray], done: int, evaluate: Evaluate
+) -> tuple[Params, int, HeldOutMetrics | None]:
+    """Runs the steps, saves checkpoints and evaluates.
 
     Args:
       run: The run.
       initial: The initial parameters, donated to the first step; None resumes from the newest checkpoint.
       passthrough: Weights that training does not change, saved with every checkpoint.
       done: Number of steps done at the newest checkpoint; 0 if there is none.
+      evaluate: Computes the held-out metrics of parameters.
 
     Returns:
-      The trained parameters.
+      The parameters to export, the number of steps after which they were reached, and their held-out metrics, if they
+      have been computed.
     """
     settings, model, folder, mesh = run.setup.settings, run.setup.model, run.folder, run.setup.mesh
     schedule = make_schedule(settings.optimizer, run.steps)
@@ -115,59 +123,53 @@ def run_steps(run: Run, initial: Params | None, passthrough: Mapping[str, np.nda
         task: make_step(model.graph, optimizer, schedule, settings, mesh, layout, task, model.config.has_dropout)
         for task in tasks
     }
-    with ExitStack() as stack:
+    with monitored(run, done, evaluate) as monitor, preemption() as is_preempted, ExitStack() as stack:
+        selection = monitor.selection
+        if selection.kept and selection.kept not in saved_steps(folder.checkpoints):
+            raise UserError(
+                f"{folder.checkpoints / str(selection.kept)}: the best checkpoint so far is missing; restore it, or "
+                "set evaluation.keep_best to false"
+            )
         # Closing waits for a checkpoint that is being saved, even after an error.
-        checkpoints = stack.enter_context(closing(RunCheckpoints(folder.checkpoints, settings.checkpoint.keep)))
-        log: MetricsLog | None = None
-        if is_first_process():
-            stack.push(partial(publish_after_failure, folder))
-            log = stack.enter_context(open_log(run, done))
-        non_finite = NonFiniteSteps(settings, run.names, first_value(count_skipped(folder.metrics) if log else 0))
-        is_preempted = stack.enter_context(preemption())
-        pending: tuple[StepPlan, Metrics] | None = None  # the metrics of a step are fetched while the next one runs
-
-        def finish(plan: StepPlan, metrics: Metrics) -> None:
-            """Waits until a step has run, and logs it."""
-            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            skipped = non_finite.check(plan, values)
-            if log is not None:
-                log.write(plan, values, skipped)
-
-        for plan, batch in one_ahead(batches(run.plan, run.datasets, row_sharding(mesh), start=done, stop=run.steps)):
+        checkpoints = stack.enter_context(
+            closing(RunCheckpoints(folder.checkpoints, settings.checkpoint.keep, selection.kept))
+        )
+        if selection.is_due(done):  # the run was stopped before it came to that
+            monitor.evaluate(state.params, done)
+            monitor.flush()
+            checkpoints.best = selection.kept
+        stop = done if selection.should_stop else run.steps
+        for plan, batch in one_ahead(batches(run.plan, run.datasets, row_sharding(mesh), start=done, stop=stop)):
             state, metrics = steps[plan.task](state, replicate(np.int32(plan.number), mesh), batch)
-            if pending:
-                finish(*pending)  # blocks, so that at most two steps are in flight
-            pending = (plan, metrics)
+            monitor.add(plan, metrics)
             done = plan.number + 1
             preempted = is_preempted(plan.number)
             due = is_checkpoint_due(settings.checkpoint, done, run.plan.steps_per_epoch) or done == run.steps
-            if due or preempted:
-                # The lines of all steps before a checkpoint must be on disk before the checkpoint.
-                finish(*pending)
-                pending = None
-                if log is not None:
-                    log.flush()
-                    folder.publish_logs()
+            evaluating = selection.is_due(done) and not preempted
+            if due or evaluating or preempted:
+                monitor.finish()
                 check_weights(state.params, done)
-                checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
+                if evaluating:
+                    monitor.evaluate(state.params, done)
+                monitor.flush()  # the lines of everything before a checkpoint must be on disk before it
+                if due or preempted or selection.kept == done or selection.should_stop:
+                    checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
+                    checkpoints.best = selection.kept
             if preempted:
                 raise Preempted
-    return state.params
-
-
-def open_log(run: Run, done: int) -> MetricsLog:
-    """Opens the metrics of a run after `done` steps. See `MetricsLog`."""
-    folder = run.folder
-    return MetricsLog(
-        folder.metrics, folder.tensorboard, run.names, done, run.steps, shown=folder.shown(folder.metrics)
-    )
-
-
-def publish_after_failure(folder: RunFolder, error: type[BaseException] | None, *_: object) -> None:
-    """Publishes the metrics of the steps since the last checkpoint, unless there is no error or it prevents that."""
-    if error is not None and folder.metrics.exists():
-        with suppress(UserError, OSError):
-            folder.publish_logs()
+            if selection.should_stop:
+                break
+        if selection.should_stop and done < run.steps:
+            patience = settings.evaluation.patience
+            log_console().print(f"stopped after {done} steps: no improvement in {patience} evaluations")
+    params = state.params
+    if selection.kept and selection.kept != done:
+        del state, params  # makes room on the devices
+        done = selection.kept
+        log_console().print(f"taking the best checkpoint, that after {done} steps")
+        exchange(None)  # until all processes have closed the checkpoints
+        params = restore_params(folder.checkpoints, done, layout.params)
+    return params, done, selection.metrics_after(done)
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:

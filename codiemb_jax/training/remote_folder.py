@@ -131,19 +131,20 @@ class RemoteRunFolder(RunFolder):
 
     def publish_logs(self) -> None:
         self._publish(self.metrics)
-        for file in sorted(self.tensorboard.iterdir()):  # only those of this start
-            self._publish(file)
+        if self.tensorboard.exists():
+            for file in sorted(self.tensorboard.iterdir()):  # only those of this start
+                self._publish(file)
 
     def write_before(self, metrics: HeldOutMetrics) -> None:
         super().write_before(metrics)
         self._publish(self.evaluation)
 
-    def write_after(self, metrics: HeldOutMetrics) -> HeldOutMetrics:
-        before = super().write_after(metrics)
+    def write_after(self, metrics: HeldOutMetrics, step: int) -> HeldOutMetrics:
+        before = super().write_after(metrics, step)
         self._publish(self.evaluation)
         return before
 
-    def write_export(self, write: Callable[[Path], None]) -> None:
+    def write_export(self, write: Callable[[Path], None], use: Callable[[Path], None] | None = None) -> None:
         self._check_owner()
         super().write_export(write)
         self._check_owner()
@@ -152,6 +153,8 @@ class RemoteRunFolder(RunFolder):
         remove_folder(target)
         upload_folder(self.export, target, last=ENTRY_FILES)
         self._update_inputs({UNFINISHED: False, "exports": [_digest(target)]})
+        if use is not None:
+            use(self.export)
         shutil.rmtree(self.export, ignore_errors=True)  # as large as the model
 
     def _check_export(self) -> None:

@@ -30,6 +30,7 @@ from codiemb_jax.training.remote_folder import open_run_folder
 from codiemb_jax.training.run_folder import RunFolder
 from codiemb_jax.training.state import HOST_MEMORY
 from codiemb_jax.training.step import needs_texts
+from codiemb_jax.training.trackers import check_tracking
 
 DEVICES = "batch shards (mesh.data x mesh.fsdp)"
 """Key of the number of devices in the inputs of a run with `sampler: mixed`, whose steps depend on it."""
@@ -71,6 +72,7 @@ def open_training_model(settings: Settings) -> TrainingSetup:
       UserError: If the model cannot be used, or the mesh or batch sizes are invalid.
     """
     check_objectives(settings)
+    check_tracking(settings)
     settings = with_platform_defaults(settings, find_devices()[0].platform)
     if jax.config.read("jax_enable_x64"):
         raise UserError("JAX_ENABLE_X64 is set, which would change the results; unset it")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import yaml
@@ -27,7 +27,8 @@ from codiemb_jax.files import read_json, write_atomically, write_json
 from codiemb_jax.remote import Location
 
 CHANGEABLE_SETTINGS = (
-    "output_dir", "mesh", "distributed", "encode_chunks", "checkpoint", "export", "evaluation", "model.remat",
+    "output_dir", "mesh", "distributed", "encode_chunks", "checkpoint", "export", "evaluation", "tracking",
+    "push_to_hub", "model.remat",
     "data.packing", "data.row_tokens", "optimizer.offload", "non_finite",
 )  # fmt: skip
 """Settings that may change when a run is continued, because they do not affect the results of its steps."""
@@ -40,6 +41,7 @@ TEMPORARY_FILE = re.compile(r"\.inputs\.json\.[0-9a-f]{8}\.tmp")
 """Name of inputs.json while it is being written, see `write_atomically`."""
 LOCK = ".lock"
 """Name of the file that a running run keeps locked."""
+RUN_ID = re.compile(r"[0-9a-f]{16}")
 UNFINISHED_EXPORT = re.compile(r"\.export\.[0-9a-f]{8}\.unfinished")
 """Name of the folder of an export while it is being written."""
 
@@ -275,7 +277,8 @@ class RunFolder:
 
     def create(self, settings: Settings, inputs: Mapping[str, str]) -> None:
         """Writes config.yaml and inputs.json, which identify the run."""
-        write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION, "inputs": dict(inputs), "exports": self._exports()})
+        content = {"inputs": dict(inputs), "exports": self._exports(), "id": self.run_id}
+        write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION} | content)
         resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(self.config, resolved)
 
@@ -297,24 +300,25 @@ class RunFolder:
         if not self.evaluation.exists():
             return {}
         before = self._read(self.evaluation).get("before")
-        if not isinstance(before, dict) or not all(_is_number(value) for value in before.values()):
+        if not is_metrics(before):
             raise UserError(
                 f"{self.shown(self.evaluation)}: has no valid metrics under `before`; restore the file, or remove it "
                 "to continue without them"
             )
         return before
 
-    def write_after(self, metrics: HeldOutMetrics) -> HeldOutMetrics:
-        """Writes the metrics of the trained model and returns those of the initial model."""
+    def write_after(self, metrics: HeldOutMetrics, step: int) -> HeldOutMetrics:
+        """Writes the metrics of the trained model, after `step` steps, and returns those of the initial model."""
         before = self._read_before()
-        write_json(self.evaluation, {"before": before, "after": metrics})
+        write_json(self.evaluation, {"before": before, "after": metrics, "step": step})
         return before
 
-    def write_export(self, write: Callable[[Path], None]) -> None:
+    def write_export(self, write: Callable[[Path], None], use: Callable[[Path], None] | None = None) -> None:
         """Writes the export atomically, replacing an earlier export of this run.
 
         Args:
           write: Creates the export at the path that it is called with.
+          use: Is called with the path of the complete export, if given.
 
         Raises:
           UserError: If there is another folder, or the earlier export was changed, or the export cannot be written.
@@ -338,6 +342,8 @@ class RunFolder:
             raise UserError(f"{self.export}: cannot be written: {error.strerror or error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if use is not None:
+            use(self.export)
 
     def _check_export(self) -> None:
         if os.path.lexists(self.export) and folder_digest(self.export) not in self._exports():
@@ -353,6 +359,12 @@ class RunFolder:
                 f"{self.shown(self.inputs)}: exports: expected a list; restore the file, or use another output_dir"
             )
         return digests
+
+    @property
+    def run_id(self) -> str:
+        """Identifies the run outside this folder. Stays the same when it is continued."""
+        found = self._read(self.inputs).get("id") if self.inputs.exists() else None
+        return found if isinstance(found, str) and RUN_ID.fullmatch(found) else secrets.token_hex(8)
 
     def _write_exports(self, digests: list[str]) -> None:
         write_json(self.inputs, self._read(self.inputs) | {"exports": digests})
@@ -389,6 +401,11 @@ def folder_digest(folder: Path) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def is_metrics(value: Any) -> TypeGuard[HeldOutMetrics]:
+    """Whether a value read from a file is held-out metrics."""
+    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
 
 
 def _is_number(value: Any) -> bool:

@@ -1,0 +1,112 @@
+"""Follows the steps of a run: logs and evaluates them, and stops the run if they go wrong."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from functools import partial
+
+import jax
+
+from codiemb_jax.data.sampler import StepPlan
+from codiemb_jax.distributed import first_value, is_first_process
+from codiemb_jax.errors import UserError
+from codiemb_jax.models.build import Params
+from codiemb_jax.training.finite import NonFiniteSteps, count_skipped
+from codiemb_jax.training.log import MetricsLog, truncate_metrics
+from codiemb_jax.training.run import Run
+from codiemb_jax.training.run_folder import HeldOutMetrics, RunFolder
+from codiemb_jax.training.selection import Evaluation, Selection
+from codiemb_jax.training.step import Metrics
+from codiemb_jax.training.trackers import open_trackers
+
+Evaluate = Callable[[Params], HeldOutMetrics]
+"""Computes the held-out metrics of parameters. All processes must call it together."""
+
+
+class RunMonitor:
+    """The metrics and evaluations of a run. All processes have one and decide alike; only the first one writes."""
+
+    def __init__(self, run: Run, log: MetricsLog | None, earlier: Sequence[Evaluation], evaluate: Evaluate):
+        """Starts with what is known of earlier starts.
+
+        Args:
+          run: The run.
+          log: The log, in the first process.
+          earlier: The evaluations so far, in the first process.
+          evaluate: Computes the held-out metrics of parameters.
+
+        Raises:
+          UserError: If the evaluation settings do not fit earlier evaluations.
+        """
+        settings, self._folder = run.setup.settings, run.folder
+        self._log, self._evaluate = log, evaluate
+        skipped = first_value(count_skipped(self._folder.metrics) if log else 0)
+        self._non_finite = NonFiniteSteps(settings, run.names, skipped)
+        evaluations = [Evaluation(*found) for found in first_value(list(earlier))]
+        self.selection = Selection(settings.evaluation, run.steps, evaluations)
+        self._pending: tuple[StepPlan, Metrics] | None = None
+
+    def add(self, plan: StepPlan, metrics: Metrics) -> None:
+        """Takes the metrics of a step that has been started, and logs those of the step before it.
+
+        This waits until that one has run. So its metrics are fetched while the next step runs, and at most two steps
+        are in flight.
+
+        Raises:
+          UserError: If the step before is one that ends the run.
+        """
+        self.finish()
+        self._pending = plan, metrics
+
+    def finish(self) -> None:
+        """Waits until the last step has run, and logs it. See `add`."""
+        if self._pending is None:
+            return
+        (plan, metrics), self._pending = self._pending, None
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        skipped = self._non_finite.check(plan, values)
+        if self._log is not None:
+            self._log.write(plan, values, skipped)
+
+    def evaluate(self, params: Params, done: int) -> None:
+        """Evaluates the parameters after `done` steps."""
+        start = time.perf_counter()
+        with self._log.paused() if self._log else nullcontext():
+            evaluation = Evaluation(done, self._evaluate(params))
+        self.selection.add(evaluation)
+        if self._log is not None:
+            self._log.write_evaluation(evaluation, time.perf_counter() - start, self.selection.describe())
+
+    def flush(self) -> None:
+        """Waits until everything logged so far is on disk, or in the remote folder."""
+        if self._log is not None:
+            self._log.flush()
+            self._folder.publish_logs()
+
+
+@contextmanager
+def monitored(run: Run, done: int, evaluate: Evaluate) -> Iterator[RunMonitor]:
+    """Follows the steps of a run in this block, after `done` steps. See `RunMonitor`.
+
+    Raises:
+      UserError: If metrics.jsonl is damaged, or the evaluation settings do not fit its evaluations.
+    """
+    with ExitStack() as stack:
+        log: MetricsLog | None = None
+        earlier: list[Evaluation] = []
+        if is_first_process():
+            folder = run.folder
+            stack.push(partial(publish_after_failure, folder))
+            earlier = truncate_metrics(folder.metrics, done, folder.shown(folder.metrics))
+            trackers = [
+                stack.enter_context(closing(tracker)) for tracker in open_trackers(run.setup.settings, folder, done)
+            ]
+            log = stack.enter_context(MetricsLog(folder.metrics, run.names, done, run.steps, trackers))
+        yield RunMonitor(run, log, earlier, evaluate)
+
+
+def publish_after_failure(folder: RunFolder, error: type[BaseException] | None, *_: object) -> None:
+    """Publishes the metrics of the steps since the last checkpoint, unless there is no error or it prevents that."""
+    if error is not None and folder.metrics.exists():
+        with suppress(UserError, OSError):
+            folder.publish_logs()

@@ -1,0 +1,114 @@
+"""Chooses the best checkpoint of a run by the evaluations during training, and decides when to stop early."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from codiemb_jax.config import EvaluationSettings
+from codiemb_jax.errors import UserError
+from codiemb_jax.training.run_folder import HeldOutMetrics
+
+MAIN_METRICS = ("nDCG@10", "Spearman")
+"""The metric of retrieval and that of similarity by which models are compared, as in MTEB."""
+
+
+class Evaluation(NamedTuple):
+    """The held-out metrics of a run after some steps."""
+
+    step: int
+    """Number of steps done."""
+    metrics: HeldOutMetrics
+
+
+class Selection:
+    """The evaluations of a run so far, and what follows from them.
+
+    Everything follows from the evaluations and the settings alone, so a run that is continued decides as before.
+    """
+
+    def __init__(self, settings: EvaluationSettings, steps: int, evaluations: Sequence[Evaluation]):
+        """Takes over the evaluations of earlier starts of the run.
+
+        Args:
+          settings: When to evaluate, and how to compare evaluations.
+          steps: Number of steps of the whole run.
+          evaluations: Evaluations so far, in order.
+
+        Raises:
+          UserError: If they lack the figure that chooses the best.
+        """
+        self._settings, self._steps = settings, steps
+        self._evaluations = list(evaluations) if settings.every_steps else []
+        self._figures = [self._figure(evaluation) for evaluation in self._evaluations]
+
+    def is_due(self, done: int) -> bool:
+        """Whether to evaluate after `done` steps: every so many, and after the last one."""
+        every = self._settings.every_steps
+        if not every or not done or any(evaluation.step == done for evaluation in self._evaluations):
+            return False
+        return done % every == 0 or done == self._steps
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Adds the next evaluation."""
+        self._figures.append(self._figure(evaluation))
+        self._evaluations.append(evaluation)
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The best evaluation, and of equally good ones the first; None before the first one."""
+        return self._evaluations[int(np.argmax(self._figures))] if self._evaluations else None
+
+    @property
+    def kept(self) -> int | None:
+        """The checkpoint to keep, and to export at the end; None if that is the newest one."""
+        return self.best.step if self._settings.keep_best and self.best else None
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the last evaluations were no improvement, as many of them as the settings allow."""
+        if not self._settings.patience or not self._evaluations:
+            return False
+        return len(self._figures) - 1 - int(np.argmax(self._figures)) >= self._settings.patience
+
+    def metrics_after(self, step: int) -> HeldOutMetrics | None:
+        """Returns the metrics after `step` steps, None if they are unknown."""
+        return next((metrics for evaluated, metrics in self._evaluations if evaluated == step), None)
+
+    def describe(self) -> str:
+        """Returns a line about the last evaluation, for the log of a run."""
+        last, best = self._evaluations[-1], int(np.argmax(self._figures))
+        name = self._settings.metric or "mean of main metrics"
+        text = f"after {last.step} steps: {name} {self._figures[-1]:.4f}"
+        if self._evaluations[best] == last:
+            return f"{text}, the best so far"
+        return f"{text}; the best so far is {self._figures[best]:.4f} after {self._evaluations[best].step} steps"
+
+    def _figure(self, evaluation: Evaluation) -> float:
+        try:
+            return figure(evaluation.metrics, self._settings.metric)
+        except KeyError as error:
+            raise UserError(
+                f"evaluation.metric: the evaluation after {evaluation.step} steps in metrics.jsonl has no {error}; "
+                "continue with the same evaluation settings, or start over in another output_dir"
+            ) from error
+
+
+def figure(metrics: HeldOutMetrics, metric: str | None) -> float:
+    """Returns the number by which evaluations are compared; larger is better.
+
+    Args:
+      metrics: The metrics of an evaluation.
+      metric: One of them; or the name of a metric, which is averaged over all data that has it; or None for the mean of
+        the main metrics of all data.
+
+    Raises:
+      KeyError: If there is no such metric.
+    """
+    if metric in metrics:
+        return metrics[metric]
+    wanted = MAIN_METRICS if metric is None else (metric,)
+    values = [value for name, value in metrics.items() if name.rpartition(" ")[2] in wanted]
+    if not values:
+        raise KeyError(" or ".join(wanted))
+    return float(np.mean(values))
