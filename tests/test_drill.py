@@ -127,6 +127,7 @@ def phase_of(run: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("processes", "kills"), [(1, 6), (2, 3)])
 def test_short_drill(processes, kills, golden, tmp_path):
     drill(tmp_path, golden, processes, kills)

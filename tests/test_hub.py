@@ -42,8 +42,8 @@ def test_export_is_uploaded_if_asked(golden, tmp_path):
         hub.refuse = None
         done = train(hub, golden, tmp_path, "--push_to_hub", "me/faq-model")
         assert done.returncode == 0, done.stderr
-        assert [(entry["name"], entry["organization"], entry["private"]) for entry in hub.created] == [
-            ("faq-model", "me", True)
+        assert [(entry["name"], entry["organization"], entry["visibility"]) for entry in hub.created] == [
+            ("faq-model", "me", "private")
         ] * 2
         assert hub.commits == [read_files(export)]
 

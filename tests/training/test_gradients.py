@@ -57,7 +57,7 @@ def expected(golden, cache):
 @pytest.mark.parametrize(
     ("devices", "chunks", "mesh"),
     [
-        (1, 2, {}),
+        pytest.param(1, 2, {}, marks=pytest.mark.slow),
         pytest.param(1, 4, {}, marks=pytest.mark.slow),
         pytest.param(8, 1, {}, marks=pytest.mark.slow),
         pytest.param(8, 1, {"fsdp": 8}, marks=pytest.mark.slow),

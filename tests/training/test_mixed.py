@@ -67,14 +67,14 @@ def make_settings(golden: Path, folder: Path, **sections) -> dict:
 @pytest.mark.parametrize(
     ("ir", "sts", "chunks", "packing"),
     [
-        ("info_nce", "codi", 1, False),
+        pytest.param("info_nce", "codi", 1, False, marks=pytest.mark.slow),
         pytest.param("info_nce", "codi", 1, True, marks=pytest.mark.slow),
         pytest.param("info_nce", "codi", 2, False, marks=pytest.mark.slow),
         ("info_nce", "codi", 2, True),
-        ("info_nce", "info_nce", 1, False),
+        pytest.param("info_nce", "info_nce", 1, False, marks=pytest.mark.slow),
         ("info_nce", "cosent", 1, False),
         ("cosent", "codi", 2, False),
-        ("cosent", "cosent", 1, False),
+        pytest.param("cosent", "cosent", 1, False, marks=pytest.mark.slow),
         pytest.param("cosent", "cosent", 1, True, marks=pytest.mark.slow),
     ],
 )
@@ -199,7 +199,10 @@ def test_training_on_four_devices(golden, tmp_path):
     assert "continuing from step 12 of 12" in process.stderr
 
 
-@pytest.mark.parametrize(("task", "group_size"), [("ir", {"sts_list_size": 3}), ("sts", {"ir_pool_size": 3})])
+@pytest.mark.parametrize(
+    ("task", "group_size"),
+    [pytest.param("ir", {"sts_list_size": 3}, marks=pytest.mark.slow), ("sts", {"ir_pool_size": 3})],
+)
 def test_training_on_a_single_task(task, group_size, golden, tmp_path):
     """The group size of the other task is not checked."""
     settings = make_settings(golden, tmp_path, optimizer={"max_steps": 2}, export=False)
