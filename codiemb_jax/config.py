@@ -1,5 +1,6 @@
 """All settings of a run, with types, descriptions and validation. Unknown keys are errors."""
 
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -40,6 +41,14 @@ def _check_float32(value: float) -> float:
     if 1 - 1e-7 < value < 1:
         raise ValueError("rounds to 1 in float32; use at most 0.9999999")
     return value
+
+
+def _check_repository(name: str) -> str:
+    """Checks the name of a repository of the Hugging Face Hub by its rules."""
+    part = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+    if not re.fullmatch(f"{part}/{part}", name) or re.search(r"--|\.\.|\.git$", name):
+        raise ValueError("must be the name of a repository, OWNER/NAME")
+    return name
 
 
 PACKAGE_SCHEME = "package://"
@@ -307,15 +316,15 @@ class EvaluationSettings(Section):
     beir: Paths = []
     """Folders in the format of BEIR, with the metrics of held-out retrieval data."""
     every_steps: PositiveInt | None = None
-    """Evaluate every this many steps and after the last one; null evaluates only before and after training."""
+    """Evaluate every this many steps and after the last one; null: only before and after training."""
     metric: Annotated[str, Field(strict=True, min_length=1), BeforeValidator(_check_unicode)] | None = None
-    """The figure that chooses the best checkpoint: a metric of one file, such as "faq nDCG@10"; or the name of a
+    """The metric by which the best checkpoint is chosen: that of one file, such as "faq nDCG@10"; or the name of a
     metric, such as MRR@10, for its mean over all files that have it; null: the mean over all files of nDCG@10
     (retrieval) and Spearman (similarity)."""
     keep_best: Flag = True
     """Keep the best of the evaluated checkpoints besides the newest ones, and export it instead of the last."""
     patience: PositiveInt | None = None
-    """Stop after so many evaluations in a row without improvement; null never stops early."""
+    """Stop after this many consecutive evaluations without improvement; null never stops early."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "EvaluationSettings":
@@ -330,7 +339,10 @@ class EvaluationSettings(Section):
 
 
 class WandbSettings(Section):
-    project: Annotated[str, Field(strict=True, min_length=1), BeforeValidator(_check_unicode)] | None = None
+    project: (
+        Annotated[str, Field(strict=True, pattern=r"^[^/\\#?%:]+$", max_length=128), BeforeValidator(_check_unicode)]
+        | None
+    ) = None
     """Project of Weights & Biases that gets the metrics; null does not use it."""
     mode: Literal["online", "offline"] = "online"
     """online: send the metrics. offline: keep them in output_dir/wandb, for `wandb sync`."""
@@ -389,9 +401,9 @@ class Settings(Section):
     """Maximum number of steps to skip in a run; one more ends it."""
     export: Flag = True
     """Export a Hugging Face folder to output_dir/export at the end."""
-    push_to_hub: Annotated[str, Field(strict=True, pattern=r"^[\w.-]+/[\w.-]+$", max_length=96)] | None = None
-    """Repository OWNER/NAME of the Hugging Face Hub to which the export is uploaded. It is created at the start, as a
-    private one, unless it exists. null uploads nothing."""
+    push_to_hub: Annotated[str, Field(strict=True, max_length=96), AfterValidator(_check_repository)] | None = None
+    """Repository OWNER/NAME of the Hugging Face Hub to which the export is uploaded. If there is none, a private one is
+    created at the start. null uploads nothing."""
 
     @model_validator(mode="after")
     def _check_export(self) -> "Settings":

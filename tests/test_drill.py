@@ -41,8 +41,8 @@ def outcome(run: Path) -> dict[str, object]:
     return {
         "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
         "evaluation": evaluation,
-        # SIGTERM saves one more, so the older of the two newest that are kept may be another.
-        "checkpoints": (max(steps), evaluation["step"] in steps),
+        # The two newest and the best; SIGTERM saves one more, so the older of the two newest may be another.
+        "checkpoints": (max(steps), evaluation["step"] in steps, len(steps) <= 3),
         "files": sorted(path.name for path in run.iterdir() if path.name != "tensorboard"),
         "export": export,
     }

@@ -19,15 +19,23 @@ def create_repository(name: str) -> None:
         HfApi().create_repo(name, private=True, exist_ok=True)
 
 
-def upload_export(export: Path, name: str) -> None:
-    """Uploads all files of an export to a repository, in one commit. Other files there stay.
+def upload_export(export: Path, name: str, shown: str) -> None:
+    """Uploads all files of an export to a repository, which is created if necessary, in one commit.
+
+    Other files there stay.
+
+    Args:
+      export: The export.
+      name: The repository, OWNER/NAME.
+      shown: The path of the export in messages.
 
     Raises:
       UserError: If the Hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
-    fix = f"{export} is complete; run the same command again to upload it"
+    create_repository(name)
+    fix = f"{shown} is complete; run the same command again to upload it"
     with _hub_errors(f"push_to_hub: {name} cannot be written", fix):
         HfApi().upload_folder(repo_id=name, folder_path=export, commit_message="Upload model")
 
@@ -35,11 +43,9 @@ def upload_export(export: Path, name: str) -> None:
 @contextmanager
 def _hub_errors(problem: str, fix: str) -> Iterator[None]:
     """Raises `UserError` for any error of the Hub in this block."""
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
     try:
         yield
-    except (HTTPError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # huggingface_hub raises many, among them RuntimeError if an upload fails
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise UserError(f"{problem} ({reason[-1].strip()}); {fix}") from error

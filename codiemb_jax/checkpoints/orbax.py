@@ -195,6 +195,8 @@ class RunCheckpoints:
 
     def _delete_old(self) -> None:
         """Deletes all but the newest checkpoints and the best one, in the background."""
+        if not self._steps or self._steps[-1] not in saved_steps(self._folder):
+            return  # the newest one could not be written, so all others stay
         for step in self._steps[: -self._keep]:
             if step == self.best:
                 continue

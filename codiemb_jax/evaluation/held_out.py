@@ -24,7 +24,7 @@ from codiemb_jax.remote import Location
 from codiemb_jax.text.prompts import MAX_INSTANCE_CHARACTERS, EmptyContentError, Tokens, tokenize_groups
 from codiemb_jax.text.records import Triple, read_records
 from codiemb_jax.training.run_folder import HeldOutMetrics
-from codiemb_jax.training.selection import figure
+from codiemb_jax.training.selection import score
 
 PLACEHOLDER = "{instruction}"
 
@@ -265,18 +265,24 @@ def check_metric(metric: str, held_out: Sequence[HeldOut]) -> None:
     Raises:
       UserError: If they do not.
     """
-    known: dict[str, float] = {}
-    for data in held_out:
-        names = CORRELATIONS if isinstance(data, HeldOutSTS) else MEASURES
-        known |= {f"{data.name} {name}": 0.0 for name in names}
+    known = metric_names(held_out)
     try:
-        figure(known, metric)
+        score(dict.fromkeys(known, 0.0), metric)
     except KeyError as error:
         raise UserError(
             f"evaluation.metric: there is no {shorten(metric)!r}; the metrics are "
             f"{', '.join(dict.fromkeys(name.rpartition(' ')[2] for name in known))}, alone or after the name of a "
-            f"file, such as {next(iter(known))!r}"
+            f"file, such as {known[0]!r}"
         ) from error
+
+
+def metric_names(held_out: Sequence[HeldOut]) -> list[str]:
+    """Returns the names of the metrics that `evaluate` returns."""
+    return [
+        f"{data.name} {name}"
+        for data in held_out
+        for name in (CORRELATIONS if isinstance(data, HeldOutSTS) else MEASURES)
+    ]
 
 
 def read_files(

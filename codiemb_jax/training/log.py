@@ -39,7 +39,7 @@ class MetricsLog:
           names: The names of the datasets.
           done: Number of steps done at the checkpoint; 0 for a new run.
           total: Number of steps of the whole run.
-          trackers: Get the metrics as well.
+          trackers: Also receive the metrics.
         """
         self._names, self._trackers = names, trackers
         self._last = time.perf_counter()
@@ -110,16 +110,22 @@ class MetricsLog:
         """
         step, metrics = evaluation
         self._file.write(json.dumps({"step": step, "evaluation": metrics, "seconds": seconds}) + "\n")
-        self._track(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+        self.track_evaluation(evaluation)
         self._console.print(description, soft_wrap=True, markup=False, highlight=False)
+
+    def track_evaluation(self, evaluation: Evaluation) -> None:
+        """Gives an evaluation to the trackers."""
+        self._track(evaluation.step, {f"evaluation/{name}": value for name, value in evaluation.metrics.items()})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Hides the progress bar in this block, whose time does not count for the next step."""
+        self._progress.live.transient = True  # otherwise the bar would stay on the screen
         self._progress.stop()
         try:
             yield
         finally:
+            self._progress.live.transient = False
             self._progress.start()
             self._last = time.perf_counter()
 
@@ -171,7 +177,8 @@ def truncate_metrics(path: Path, done: int, shown: str) -> list[Evaluation]:
 
 def _is_line_of(line: bytes, step: int) -> bool:
     """Whether a line is complete and belongs to a step."""
-    return _parse(line).get("step") == step
+    values = _parse(line)
+    return values.get("step") == step and "evaluation" not in values
 
 
 def _metrics_of(line: bytes, step: int) -> HeldOutMetrics | None:

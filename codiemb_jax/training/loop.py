@@ -1,6 +1,6 @@
 """Runs training from the first step to the export."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
@@ -15,15 +15,14 @@ from codiemb_jax.cache import shown
 from codiemb_jax.checkpoints.export import write_export
 from codiemb_jax.checkpoints.hub import create_repository, upload_export
 from codiemb_jax.checkpoints.model import PretrainedModel
-from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_params, restore_passthrough, restore_run, saved_steps
+from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_params, restore_passthrough, restore_run
 from codiemb_jax.config import CheckpointSettings, Settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.distributed import exchange, first_value, is_first_process, log_console, preemption, to_host
-from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import replicate, row_sharding
 from codiemb_jax.training.finite import check_weights
-from codiemb_jax.training.monitor import Evaluate, monitored
+from codiemb_jax.training.monitor import Evaluate, RunMonitor, monitored
 from codiemb_jax.training.optimizer import make_optimizer
 from codiemb_jax.training.run import Run, attention_backend
 from codiemb_jax.training.run_folder import HeldOutMetrics
@@ -38,15 +37,16 @@ class Preempted(Exception):
     """The run was asked to stop, and its state has been saved."""
 
 
-def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]:
+def train(run: Run, evaluate: Evaluate, metrics: Collection[str] = ()) -> tuple[HeldOutMetrics, HeldOutMetrics]:
     """Trains or resumes a run and exports the model.
 
     Args:
       run: The run.
       evaluate: Computes the held-out metrics of parameters.
+      metrics: The names of these metrics.
 
     Returns:
-      The held-out metrics before and after training.
+      The held-out metrics before training, in the first process, and of the exported model.
 
     Raises:
       UserError: If training diverges, or the output folder cannot be written.
@@ -54,9 +54,9 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
     """
     settings, model, folder = run.setup.settings, run.setup.model, run.folder
     with jax.set_mesh(run.setup.mesh), folder.write_errors(), ExitStack() as stack:
-        if settings.push_to_hub and is_first_process():
-            create_repository(settings.push_to_hub)  # now, to learn early if that is not allowed
         done = first_value(folder.done)
+        if settings.push_to_hub and not done and is_first_process():
+            create_repository(settings.push_to_hub)  # up front, so that missing permissions show before training
         if done:  # takes all weights from the checkpoint, because the model's folder may have changed
             initial, passthrough = None, restore_passthrough(folder.checkpoints, done)
         else:
@@ -74,27 +74,31 @@ def train(run: Run, evaluate: Evaluate) -> tuple[HeldOutMetrics, HeldOutMetrics]
         log_overrides(console, settings, model)
         log_data_problems(console, run)
         if initial is not None:
-            before = evaluate(initial)
+            untrained = evaluate(initial)
             if is_first_process():
-                folder.write_before(before)
-        params, done, after = run_steps(run, initial, passthrough, done, evaluate)
+                folder.write_before(untrained)
+        with monitored(run, done, evaluate, metrics) as monitor:
+            params, done = run_steps(run, initial, passthrough, done, monitor)
+        after = monitor.selection.metrics_after(done)
         if after is None:
             after = evaluate(params)
         weights: Params = to_host(params) if settings.export else {}
-        if not is_first_process():
-            return {}, after
-        if settings.export:
-            name = settings.push_to_hub
-            folder.write_export(
-                partial(write_export, params=weights, passthrough=passthrough, blueprint=model.blueprint, stock=True),
-                partial(upload_export, name=name) if name else None,
-            )
-        return folder.write_after(after, done), after
+        before: HeldOutMetrics = {}
+        if is_first_process():
+            before = folder.write_after(after, done)
+            if settings.export:
+                write = partial(
+                    write_export, params=weights, passthrough=passthrough, blueprint=model.blueprint, stock=True
+                )
+                name, shown_path = settings.push_to_hub, folder.shown(folder.export)
+                folder.write_export(write, partial(upload_export, name=name, shown=shown_path) if name else None)
+        exchange(None)  # JAX ends a process whose others have left, after five minutes
+        return before, after
 
 
 def run_steps(
-    run: Run, initial: Params | None, passthrough: Mapping[str, np.ndarray], done: int, evaluate: Evaluate
-) -> tuple[Params, int, HeldOutMetrics | None]:
+    run: Run, initial: Params | None, passthrough: Mapping[str, np.ndarray], done: int, monitor: RunMonitor
+) -> tuple[Params, int]:
     """Runs the steps, saves checkpoints and evaluates.
 
     Args:
@@ -102,11 +106,10 @@ def run_steps(
       initial: The initial parameters, donated to the first step; None resumes from the newest checkpoint.
       passthrough: Weights that training does not change, saved with every checkpoint.
       done: Number of steps done at the newest checkpoint; 0 if there is none.
-      evaluate: Computes the held-out metrics of parameters.
+      monitor: Logs and evaluates the steps.
 
     Returns:
-      The parameters to export, the number of steps after which they were reached, and their held-out metrics, if they
-      have been computed.
+      The parameters to export, and the number of steps after which they were reached.
     """
     settings, model, folder, mesh = run.setup.settings, run.setup.model, run.folder, run.setup.mesh
     schedule = make_schedule(settings.optimizer, run.steps)
@@ -123,18 +126,15 @@ def run_steps(
         task: make_step(model.graph, optimizer, schedule, settings, mesh, layout, task, model.config.has_dropout)
         for task in tasks
     }
-    with monitored(run, done, evaluate) as monitor, preemption() as is_preempted, ExitStack() as stack:
-        selection = monitor.selection
-        if selection.kept and selection.kept not in saved_steps(folder.checkpoints):
-            raise UserError(
-                f"{folder.checkpoints / str(selection.kept)}: the best checkpoint so far is missing; restore it, or "
-                "set evaluation.keep_best to false"
-            )
+    selection = monitor.selection
+    with preemption() as is_preempted, ExitStack() as stack:
+        if settings.evaluation.keep_best and selection.best and selection.best.step != selection.kept:
+            log_console().print(f"note: the best checkpoint so far, that after {selection.best.step} steps, is missing")
         # Closing waits for a checkpoint that is being saved, even after an error.
         checkpoints = stack.enter_context(
             closing(RunCheckpoints(folder.checkpoints, settings.checkpoint.keep, selection.kept))
         )
-        if selection.is_due(done):  # the run was stopped before it came to that
+        if selection.is_due(done):  # the run was stopped before this evaluation
             monitor.evaluate(state.params, done)
             monitor.flush()
             checkpoints.best = selection.kept
@@ -149,11 +149,15 @@ def run_steps(
             if due or evaluating or preempted:
                 monitor.finish()
                 check_weights(state.params, done)
+                save = partial(checkpoints.save, done, state.params, state.opt_state, passthrough, model.blueprint)
+                if due or preempted:
+                    monitor.flush()  # the lines of all steps before a checkpoint must be on disk before it
+                    save()
                 if evaluating:
                     monitor.evaluate(state.params, done)
-                monitor.flush()  # the lines of everything before a checkpoint must be on disk before it
-                if due or preempted or selection.kept == done or selection.should_stop:
-                    checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
+                    monitor.flush()
+                    if not due and (selection.kept == done or selection.should_stop):
+                        save()
                     checkpoints.best = selection.kept
             if preempted:
                 raise Preempted
@@ -169,7 +173,7 @@ def run_steps(
         log_console().print(f"taking the best checkpoint, that after {done} steps")
         exchange(None)  # until all processes have closed the checkpoints
         params = restore_params(folder.checkpoints, done, layout.params)
-    return params, done, selection.metrics_after(done)
+    return params, done
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -1,12 +1,13 @@
-"""Follows the steps of a run: logs and evaluates them, and stops the run if they go wrong."""
+"""Monitors a run: logs its steps, evaluates it, and stops it if something goes wrong."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 
 import jax
 
+from codiemb_jax.checkpoints.orbax import saved_steps
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.distributed import first_value, is_first_process
 from codiemb_jax.errors import UserError
@@ -26,24 +27,33 @@ Evaluate = Callable[[Params], HeldOutMetrics]
 class RunMonitor:
     """The metrics and evaluations of a run. All processes have one and decide alike; only the first one writes."""
 
-    def __init__(self, run: Run, log: MetricsLog | None, earlier: Sequence[Evaluation], evaluate: Evaluate):
-        """Starts with what is known of earlier starts.
+    def __init__(
+        self,
+        run: Run,
+        log: MetricsLog | None,
+        earlier: Sequence[Evaluation],
+        evaluate: Evaluate,
+        names: Collection[str],
+    ):
+        """Takes over the state of earlier starts.
 
         Args:
           run: The run.
           log: The log, in the first process.
           earlier: The evaluations so far, in the first process.
           evaluate: Computes the held-out metrics of parameters.
+          names: The names of these metrics.
 
         Raises:
-          UserError: If the evaluation settings do not fit earlier evaluations.
+          UserError: If earlier evaluations were on other data.
         """
         settings, self._folder = run.setup.settings, run.folder
         self._log, self._evaluate = log, evaluate
         skipped = first_value(count_skipped(self._folder.metrics) if log else 0)
         self._non_finite = NonFiniteSteps(settings, run.names, skipped)
         evaluations = [Evaluation(*found) for found in first_value(list(earlier))]
-        self.selection = Selection(settings.evaluation, run.steps, evaluations)
+        saved = first_value(saved_steps(self._folder.checkpoints) if log else [])
+        self.selection = Selection(settings.evaluation, run.steps, evaluations, names, saved)
         self._pending: tuple[StepPlan, Metrics] | None = None
 
     def add(self, plan: StepPlan, metrics: Metrics) -> None:
@@ -72,7 +82,8 @@ class RunMonitor:
         """Evaluates the parameters after `done` steps."""
         start = time.perf_counter()
         with self._log.paused() if self._log else nullcontext():
-            evaluation = Evaluation(done, self._evaluate(params))
+            metrics = first_value(self._evaluate(params))  # in other processes, the last bits may differ
+        evaluation = Evaluation(done, metrics)
         self.selection.add(evaluation)
         if self._log is not None:
             self._log.write_evaluation(evaluation, time.perf_counter() - start, self.selection.describe())
@@ -85,11 +96,11 @@ class RunMonitor:
 
 
 @contextmanager
-def monitored(run: Run, done: int, evaluate: Evaluate) -> Iterator[RunMonitor]:
-    """Follows the steps of a run in this block, after `done` steps. See `RunMonitor`.
+def monitored(run: Run, done: int, evaluate: Evaluate, names: Collection[str]) -> Iterator[RunMonitor]:
+    """Monitors a run in this block, after `done` steps. See `RunMonitor`.
 
     Raises:
-      UserError: If metrics.jsonl is damaged, or the evaluation settings do not fit its evaluations.
+      UserError: If metrics.jsonl is damaged, or its evaluations were on other data.
     """
     with ExitStack() as stack:
         log: MetricsLog | None = None
@@ -102,11 +113,13 @@ def monitored(run: Run, done: int, evaluate: Evaluate) -> Iterator[RunMonitor]:
                 stack.enter_context(closing(tracker)) for tracker in open_trackers(run.setup.settings, folder, done)
             ]
             log = stack.enter_context(MetricsLog(folder.metrics, run.names, done, run.steps, trackers))
-        yield RunMonitor(run, log, earlier, evaluate)
+            if earlier and earlier[-1].step == done:  # TensorBoard discards it
+                log.track_evaluation(earlier[-1])
+        yield RunMonitor(run, log, earlier, evaluate, names)
 
 
 def publish_after_failure(folder: RunFolder, error: type[BaseException] | None, *_: object) -> None:
-    """Publishes the metrics of the steps since the last checkpoint, unless there is no error or it prevents that."""
+    """Publishes the metrics of the steps since the last checkpoint after an error, if that is still possible."""
     if error is not None and folder.metrics.exists():
         with suppress(UserError, OSError):
             folder.publish_logs()

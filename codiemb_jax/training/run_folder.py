@@ -277,7 +277,7 @@ class RunFolder:
 
     def create(self, settings: Settings, inputs: Mapping[str, str]) -> None:
         """Writes config.yaml and inputs.json, which identify the run."""
-        content = {"inputs": dict(inputs), "exports": self._exports(), "id": self.run_id}
+        content = {"inputs": dict(inputs), "exports": self._exports(), "id": secrets.token_hex(8)}
         write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION} | content)
         resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(self.config, resolved)
@@ -364,7 +364,9 @@ class RunFolder:
     def run_id(self) -> str:
         """Identifies the run outside this folder. Stays the same when it is continued."""
         found = self._read(self.inputs).get("id") if self.inputs.exists() else None
-        return found if isinstance(found, str) and RUN_ID.fullmatch(found) else secrets.token_hex(8)
+        if isinstance(found, str) and RUN_ID.fullmatch(found):
+            return found
+        return hashlib.sha256(str(self.location).encode()).hexdigest()[:16]
 
     def _write_exports(self, digests: list[str]) -> None:
         write_json(self.inputs, self._read(self.inputs) | {"exports": digests})

@@ -1,6 +1,6 @@
 """Chooses the best checkpoint of a run by the evaluations during training, and decides when to stop early."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,23 +27,40 @@ class Selection:
     Everything follows from the evaluations and the settings alone, so a run that is continued decides as before.
     """
 
-    def __init__(self, settings: EvaluationSettings, steps: int, evaluations: Sequence[Evaluation]):
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        steps: int,
+        evaluations: Sequence[Evaluation],
+        names: Collection[str],
+        saved: Collection[int],
+    ):
         """Takes over the evaluations of earlier starts of the run.
 
         Args:
           settings: When to evaluate, and how to compare evaluations.
           steps: Number of steps of the whole run.
           evaluations: Evaluations so far, in order.
+          names: The names of the metrics of the evaluations to come.
+          saved: The steps of the checkpoints so far.
 
         Raises:
-          UserError: If they lack the figure that chooses the best.
+          UserError: If earlier evaluations have other metrics.
         """
         self._settings, self._steps = settings, steps
         self._evaluations = list(evaluations) if settings.every_steps else []
-        self._figures = [self._figure(evaluation) for evaluation in self._evaluations]
+        for step, metrics in self._evaluations:
+            if differing := sorted(set(metrics) ^ set(names)):
+                raise UserError(
+                    f"evaluation: metrics.jsonl has an evaluation on other data after {step} steps (it differs in "
+                    f"{', '.join(differing[:5])}); continue with the same held-out data, or start over in another "
+                    "output_dir"
+                )
+        self._scores = [score(metrics, settings.metric) for _, metrics in self._evaluations]
+        self._lost = {step for step, _ in self._evaluations} - set(saved)
 
     def is_due(self, done: int) -> bool:
-        """Whether to evaluate after `done` steps: every so many, and after the last one."""
+        """Whether to evaluate after `done` steps: at the interval of the settings, and after the last one."""
         every = self._settings.every_steps
         if not every or not done or any(evaluation.step == done for evaluation in self._evaluations):
             return False
@@ -51,25 +68,31 @@ class Selection:
 
     def add(self, evaluation: Evaluation) -> None:
         """Adds the next evaluation."""
-        self._figures.append(self._figure(evaluation))
+        self._scores.append(score(evaluation.metrics, self._settings.metric))
         self._evaluations.append(evaluation)
 
     @property
     def best(self) -> Evaluation | None:
         """The best evaluation, and of equally good ones the first; None before the first one."""
-        return self._evaluations[int(np.argmax(self._figures))] if self._evaluations else None
+        return self._evaluations[int(np.argmax(self._scores))] if self._evaluations else None
 
     @property
     def kept(self) -> int | None:
-        """The checkpoint to keep, and to export at the end; None if that is the newest one."""
-        return self.best.step if self._settings.keep_best and self.best else None
+        """The checkpoint to keep, and to export at the end; None if that is the newest one.
+
+        It is the best one that exists. The best of all exists, unless the settings have changed or it was removed.
+        """
+        if not self._settings.keep_best:
+            return None
+        found = [i for i, evaluation in enumerate(self._evaluations) if evaluation.step not in self._lost]
+        return self._evaluations[max(found, key=self._scores.__getitem__)].step if found else None
 
     @property
     def should_stop(self) -> bool:
         """Whether the last evaluations were no improvement, as many of them as the settings allow."""
         if not self._settings.patience or not self._evaluations:
             return False
-        return len(self._figures) - 1 - int(np.argmax(self._figures)) >= self._settings.patience
+        return len(self._scores) - 1 - int(np.argmax(self._scores)) >= self._settings.patience
 
     def metrics_after(self, step: int) -> HeldOutMetrics | None:
         """Returns the metrics after `step` steps, None if they are unknown."""
@@ -77,24 +100,15 @@ class Selection:
 
     def describe(self) -> str:
         """Returns a line about the last evaluation, for the log of a run."""
-        last, best = self._evaluations[-1], int(np.argmax(self._figures))
+        last, best = self._evaluations[-1], int(np.argmax(self._scores))
         name = self._settings.metric or "mean of main metrics"
-        text = f"after {last.step} steps: {name} {self._figures[-1]:.4f}"
+        text = f"after {last.step} steps: {name} {self._scores[-1]:.4f}"
         if self._evaluations[best] == last:
             return f"{text}, the best so far"
-        return f"{text}; the best so far is {self._figures[best]:.4f} after {self._evaluations[best].step} steps"
-
-    def _figure(self, evaluation: Evaluation) -> float:
-        try:
-            return figure(evaluation.metrics, self._settings.metric)
-        except KeyError as error:
-            raise UserError(
-                f"evaluation.metric: the evaluation after {evaluation.step} steps in metrics.jsonl has no {error}; "
-                "continue with the same evaluation settings, or start over in another output_dir"
-            ) from error
+        return f"{text}; the best so far is {self._scores[best]:.4f} after {self._evaluations[best].step} steps"
 
 
-def figure(metrics: HeldOutMetrics, metric: str | None) -> float:
+def score(metrics: HeldOutMetrics, metric: str | None) -> float:
     """Returns the number by which evaluations are compared; larger is better.
 
     Args:

@@ -2,10 +2,11 @@
 
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.console import Console
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -86,17 +87,30 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise UserError(
-                f"tracking.wandb: cannot be started ({error}); run `wandb login`, or set tracking.wandb.mode to offline"
+                f"tracking.wandb: Weights & Biases cannot be started ({error}); if nobody is logged in, run "
+                "`wandb login`; or set tracking.wandb.mode to offline"
             ) from error
+        self._failed = False
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
+        self._try(lambda: self._run.log(dict(scalars), step=step))
 
     def flush(self) -> None:
         """Does nothing: metrics are sent in the background."""
 
     def close(self) -> None:
-        self._run.finish()
+        self._try(self._run.finish)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        """Gives up after an error, because metrics.jsonl has everything, and a run must not end for this."""
+        if self._failed:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._failed = True
+            note = f"note: Weights & Biases gets no more metrics: {error}"
+            Console(stderr=True).print(note, soft_wrap=True, markup=False, highlight=False)
 
 
 def open_trackers(settings: Settings, folder: RunFolder, done: int) -> Iterator[Tracker]:
@@ -119,7 +133,8 @@ def check_tracking(settings: Settings) -> None:
     """
     if settings.tracking.wandb.project is None:
         return
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError('tracking.wandb: is not installed; run pip install "codiemb_jax[wandb]"')
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:  # a folder of that name, which wandb itself creates, is found as well
+        raise UserError('tracking.wandb: Weights & Biases is not installed; run pip install "codiemb_jax[wandb]"')
     if settings.tracking.wandb.mode == "offline" and not isinstance(settings.output_dir, Path):
         raise UserError("tracking.wandb.mode: offline requires a local output_dir")

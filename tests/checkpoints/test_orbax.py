@@ -13,6 +13,7 @@ import pytest
 import tensorstore
 from safetensors.numpy import load_file, save_file
 
+from codiemb_jax.checkpoints import orbax
 from codiemb_jax.checkpoints.model import PretrainedModel, open_model
 from codiemb_jax.checkpoints.orbax import (
     OrbaxCheckpoint,
@@ -291,3 +292,26 @@ def test_checkpoint_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", refuse)
     checkpoints.close()
     assert saved_steps(folder) == [1, 2]
+
+
+def test_failed_save_deletes_nothing(tmp_path, monkeypatch):
+    """The disk is full: the best checkpoint and the newest stay, although a better one was about to come."""
+    write_random_checkpoint("youtu_embedding", tmp_path / "model", **WIDE | {"hidden_size": 128})
+    settings = ModelSettings(path=str(tmp_path / "model"), compute_dtype="float32")
+    model = open_model(settings, PromptSettings(), make_mesh(MeshSettings(), jax.devices()[:1]))
+    params, folder = model.load(), tmp_path / "checkpoints"
+    checkpoints = RunCheckpoints(folder, keep=1)
+    for step in (1, 2, 3):
+        checkpoints.save(step, params, {"count": jax.numpy.int32(step)}, {}, model.blueprint)
+        checkpoints.best = 1
+
+    async def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(orbax._ManifestHandler, "_save_fn", fail)
+    checkpoints.save(4, params, {"count": jax.numpy.int32(4)}, {}, model.blueprint)
+    checkpoints.best = 4
+    with pytest.raises(UserError, match="the checkpoint cannot be written"):
+        checkpoints.save(5, params, {"count": jax.numpy.int32(5)}, {}, model.blueprint)
+    checkpoints.close()
+    assert saved_steps(folder) == [1, 3]

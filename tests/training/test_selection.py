@@ -26,7 +26,7 @@ from codiemb_jax.training import loop
 from codiemb_jax.training.log import MetricsLog
 from codiemb_jax.training.loop import Preempted, train
 from codiemb_jax.training.run import open_run, open_training_model
-from codiemb_jax.training.selection import Evaluation, Selection, figure
+from codiemb_jax.training.selection import Evaluation, Selection, score
 from convert.orbax_to_hf import main as orbax_to_hf
 from tests.helpers import assert_bitwise, golden_settings, load_weights, run
 
@@ -46,14 +46,14 @@ METRICS = {
         ("pairs Pearson", 0.5),
     ],
 )
-def test_figure(metric, expected):
-    assert figure(METRICS, metric) == pytest.approx(expected, abs=1e-15)
+def test_score(metric, expected):
+    assert score(METRICS, metric) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize("metric", ["MAP", "faq", "wiki nDCG@10", "faq Spearman", ""])
-def test_unknown_figure(metric):
+def test_unknown_score(metric):
     with pytest.raises(KeyError):
-        figure(METRICS, metric)
+        score(METRICS, metric)
 
 
 @given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 4), st.booleans())
@@ -61,25 +61,26 @@ def test_selection_is_that_of_a_plain_loop(figures, patience, keep_best):
     """Scans the figures as one would by hand, and also takes some of them over from an earlier start."""
     settings = EvaluationSettings(sts=["pairs.jsonl"], every_steps=10, patience=patience, keep_best=keep_best)
     evaluations = [Evaluation(10 * i, {"pairs Spearman": float(value)}) for i, value in enumerate(figures, 1)]
-    selection = Selection(settings, 10_000, [])
+    names, saved = ["pairs Spearman"], range(0, 10_000, 10)
+    selection = Selection(settings, 10_000, [], names, [])
     best, best_step, without = -1, None, 0
     for i, evaluation in enumerate(evaluations):
         without += 1
         if figures[i] > best:
             best, best_step, without = figures[i], evaluation.step, 0
         selection.add(evaluation)
-        for seen in (selection, Selection(settings, 10_000, evaluations[: i + 1])):
+        for seen in (selection, Selection(settings, 10_000, evaluations[: i + 1], names, saved)):
             assert seen.best == Evaluation(best_step, {"pairs Spearman": float(best)})
             assert seen.kept == (best_step if keep_best else None)
             assert seen.should_stop == (without >= patience)
 
 
 def test_evaluations_are_due_every_so_many_steps_and_after_the_last_one():
-    selection = Selection(EvaluationSettings(sts=["pairs.jsonl"], every_steps=4), 10, [])
+    selection = Selection(EvaluationSettings(sts=["pairs.jsonl"], every_steps=4), 10, [], [], [])
     assert [done for done in range(11) if selection.is_due(done)] == [4, 8, 10]
     selection.add(Evaluation(4, {"pairs Spearman": 0.0}))
     assert [done for done in range(11) if selection.is_due(done)] == [8, 10]
-    assert not any(Selection(EvaluationSettings(), 10, []).is_due(done) for done in range(11))
+    assert not any(Selection(EvaluationSettings(), 10, [], [], []).is_due(done) for done in range(11))
 
 
 class Script:
@@ -97,6 +98,7 @@ class Script:
 
 
 STEPS = 12
+NAMES = ["pairs Spearman"]
 FIGURES = [0.1, 0.5, 0.3, 0.5, 0.4, 0.2]
 """The best is the second, after 4 steps; an equally good one comes later."""
 
@@ -142,9 +144,11 @@ def script(whole) -> Script:
     return whole.script
 
 
-def start(settings: dict[str, Any], evaluate: Callable[[Params], dict[str, float]]) -> list[dict[str, Any]]:
+def start(
+    settings: dict[str, Any], evaluate: Callable[[Params], dict[str, float]], metrics: Sequence[str] = NAMES
+) -> list[dict[str, Any]]:
     """Runs training and returns the lines of metrics.jsonl, without times."""
-    train(open_run(open_training_model(Settings.model_validate(settings))), evaluate)
+    train(open_run(open_training_model(Settings.model_validate(settings))), evaluate, metrics)
     return lines(Path(settings["output_dir"]))
 
 
@@ -185,13 +189,14 @@ def test_best_checkpoint_is_kept_and_exported(whole):
     assert logged == pytest.approx(evaluations(found), abs=1e-7)
 
 
-def test_last_checkpoint_is_exported_without_keep_best(settings, script, tmp_path):
+def test_last_checkpoint_is_exported_without_keep_best(settings, script, tmp_path, capsys):
     start(settings(keep_best=False), script)
     assert saved_steps(tmp_path / "run" / "checkpoints") == [12]
     assert_exported(tmp_path / "run", 12)
-    best = tmp_path / "run" / "checkpoints" / "4"
-    with pytest.raises(UserError, match=f"{best}: the best checkpoint so far is missing; restore it, or set evaluat"):
-        start(settings(), script)
+    # The best is gone, so keeping the best from now on chooses among those that are left.
+    start(settings(), script)
+    assert "the best checkpoint so far, that after 4 steps, is missing" in capsys.readouterr().err
+    assert_exported(tmp_path / "run", 12)
 
 
 def test_last_checkpoint_may_be_the_best(settings, tmp_path):
@@ -209,14 +214,14 @@ def test_run_stops_early_and_more_patience_continues_it(settings, whole, script,
     calls = script.calls
     assert start(settings(patience=2), script) == found
     assert script.calls == calls
-    with pytest.raises(UserError, match=r"evaluation.metric: the evaluation after 2 steps in metrics.jsonl has no 'a "):
-        start(settings(patience=2, metric="a Pearson"), script)
+    with pytest.raises(UserError, match=r"an evaluation on other data after 2 steps \(it differs in more Spearman"):
+        start(settings(patience=2), script, [*NAMES, "more Spearman"])
     assert start(settings(patience=5), script) == whole.lines
     assert_exported(tmp_path / "run", 4)
 
 
 class Crash(BaseException):
-    """Stands for the end of the process."""
+    """Ends a run at a chosen moment. Unlike a kill, it lets a checkpoint be completed that is being saved."""
 
 
 @contextmanager
@@ -261,7 +266,9 @@ def test_killed_run_ends_with_the_same_choice(
 
 
 @pytest.mark.parametrize("step", [3, 11])
-def test_evaluation_that_sigterm_prevents_is_made_up_for(step, settings, whole, script, tmp_path, monkeypatch):
+def test_evaluation_that_sigterm_prevents_is_done_at_the_next_start(
+    step, settings, whole, script, tmp_path, monkeypatch
+):
     @contextmanager
     def preemption() -> Iterator[Callable[[int], bool]]:
         yield lambda number: number == step
@@ -274,6 +281,9 @@ def test_evaluation_that_sigterm_prevents_is_made_up_for(step, settings, whole, 
     assert steps(interrupted) == list(range(step + 1))
     assert step + 1 not in evaluations(interrupted)
     assert start(settings(), script) == whole.lines
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), purge_orphaned_data=True).Reload()
+    logged = {event.step: event.value for event in board.Scalars("evaluation/pairs Spearman")}
+    assert logged == pytest.approx(evaluations(whole.lines), abs=1e-7)
     assert_exported(tmp_path / "run", 4)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_run_without_trackers(settings, tmp_path):
 INVALID = {
     "mode: offline requires project": {"tracking": {"wandb": {"mode": "offline"}}},
     "tracking.wandb.mode: Input should be 'online' or 'offline'": {"tracking": {"wandb": {"mode": "shared"}}},
-    "tracking.wandb.project: String should have at least 1 character": {"tracking": {"wandb": {"project": ""}}},
+    "tracking.wandb.project: String should match pattern": {"tracking": {"wandb": {"project": "a/b"}}},
     "tracking.wandb.mode: offline requires a local output_dir": {
         "tracking": {"wandb": {"project": "p", "mode": "offline"}}, "output_dir": "gs://bucket/run",
     },
@@ -109,7 +110,7 @@ INVALID = {
 
 @pytest.mark.parametrize("message", INVALID)
 def test_invalid_settings_raise_user_error(message, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings | INVALID[message]))
     with pytest.raises(UserError) as error:
         run(settings | INVALID[message], tmp_path)
@@ -118,7 +119,8 @@ def test_invalid_settings_raise_user_error(message, settings, tmp_path, monkeypa
 
 def test_missing_weights_and_biases_is_named(settings, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
-    with pytest.raises(UserError, match=r'tracking.wandb: is not installed; run pip install "codiemb_jax\[wandb\]"'):
+    folder = SimpleNamespace(origin=None)  # a folder with this name, which is no package
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: folder if name == "wandb" else find_spec(name))
+    with pytest.raises(UserError, match=r'Weights & Biases is not installed; run pip install "codiemb_jax\[wandb\]"'):
         run(settings | {"tracking": {"wandb": {"project": "p"}}}, tmp_path)
     assert not (tmp_path / "run").exists()
