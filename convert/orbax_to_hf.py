@@ -20,6 +20,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
     parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="folder to write")
     parser.add_argument("--architecture", choices=["stock"], help="default: that of the original config.json")
     parser.add_argument("--verify", action="store_true", help="compare with sentence-transformers")
+    parser.add_argument(
+        "--mteb",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="also write the query prompts of these tasks of MTEB, or of cmteb, under the names that mteb looks up",
+    )
     options = parser.parse_args(arguments)
 
     with loading_modules():
@@ -38,7 +46,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
             f"--verify: sentence-transformers would need the remote code of the {config['model_type']} model, which is "
             "never run; add --architecture stock"
         )
-    write_export(options.output, model.stream(), model.stream_passthrough(), model.blueprint, stock=stock)
+    instructions = {}
+    if options.mteb:
+        with loading_modules():
+            from codiemb_jax.evaluation.mteb_tasks import instructions_of
+        instructions = instructions_of(options.mteb)
+    write_export(
+        options.output,
+        model.stream(),
+        model.stream_passthrough(),
+        model.blueprint,
+        stock=stock,
+        instructions=instructions,
+    )
     print(f"wrote {options.output}")
     if options.verify:
         with loading_modules():

@@ -19,7 +19,7 @@ from codiemb_jax.errors import UserError
 from codiemb_jax.files import new_folder, write_json
 from codiemb_jax.models.build import Params
 from codiemb_jax.models.decoder import Decoder
-from codiemb_jax.text.prompts import PromptTokenizer, prompt_texts
+from codiemb_jax.text.prompts import PromptTokenizer, prompt_texts, query_prompt
 from codiemb_jax.text.sentence import SentencePrompts
 from codiemb_jax.version import __version__
 
@@ -60,7 +60,13 @@ def check_exportable(blueprint: Blueprint) -> None:
 
 
 def write_export(
-    folder: Path, params: Params, passthrough: Mapping[str, Any], blueprint: Blueprint, *, stock: bool
+    folder: Path,
+    params: Params,
+    passthrough: Mapping[str, Any],
+    blueprint: Blueprint,
+    *,
+    stock: bool,
+    instructions: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a new folder, completely or not at all.
 
@@ -71,18 +77,35 @@ def write_export(
       blueprint: Everything else.
       stock: Whether to use an equivalent architecture that transformers supports natively (utu becomes Qwen3).
         Otherwise the architecture in config.json and the Python files of the original folder are kept.
+      instructions: Task instructions by name. The folder gets the query prompt with each, under this name.
 
     Raises:
       UserError: If the folder exists or cannot be written, or the model cannot be exported.
     """
     check_exportable(blueprint)
+    sentence = sentence_prompts(blueprint)
+    if instructions:
+        sentence = _with_prompts(sentence, blueprint, instructions)
     with new_folder(folder) as new:
         new.mkdir()
-        _write_folder(new, params, passthrough, blueprint, stock)
+        _write_folder(new, params, passthrough, blueprint, stock, sentence)
+
+
+def _with_prompts(sentence: SentencePrompts, blueprint: Blueprint, instructions: Mapping[str, str]) -> SentencePrompts:
+    """Adds the query prompts with these task instructions. See `write_export`."""
+    if blueprint.prompt is None or not blueprint.prompt.query:
+        raise UserError("the model's prompts have no placeholder for the instructions of tasks")
+    prompts = {name: query_prompt(blueprint.prompt, instruction) for name, instruction in instructions.items()}
+    return sentence.model_copy(update={"prompts": sentence.prompts | prompts})
 
 
 def _write_folder(
-    folder: Path, params: Params, passthrough: Mapping[str, Any], blueprint: Blueprint, stock: bool
+    folder: Path,
+    params: Params,
+    passthrough: Mapping[str, Any],
+    blueprint: Blueprint,
+    stock: bool,
+    sentence: SentencePrompts,
 ) -> None:
     family = get_family(blueprint.config)
     write_weights(folder, params, passthrough, family.weights, blueprint.prefix, blueprint.dtypes)
@@ -92,7 +115,6 @@ def _write_folder(
     write_json(folder / "config.json", _config_for_export(config, blueprint, family))
     if not stock:
         write_files(folder, blueprint.code)
-    sentence = sentence_prompts(blueprint)
     write_files(folder, blueprint.files)
     if blueprint.prompt is not None:
         _adapt_tokenizer(folder, blueprint, blueprint.prompt)

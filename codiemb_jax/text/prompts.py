@@ -121,7 +121,7 @@ class PromptTokenizer:
 
     def query_prompt(self, instruction: str) -> str:
         """Returns the prompt of queries with this task instruction; without an instruction, only `begin`."""
-        return _query_prompt(self._prompt, instruction)
+        return query_prompt(self._prompt, instruction)
 
     def tokenize(self, texts: Sequence[str], prompt: str, max_tokens: int) -> list[Tokens]:
         """Tokenizes each text after `prompt`, which includes `begin`.
@@ -242,10 +242,11 @@ def tokenize_groups(
 
 def prompt_texts(prompt: PromptSettings) -> dict[str, str]:
     """Returns the prompts under their sentence-transformers names, without `end`, which the exported tokenizer adds."""
-    return {"query": _query_prompt(prompt, prompt.default_instruction), "document": prompt.begin + prompt.passage}
+    return {"query": query_prompt(prompt, prompt.default_instruction), "document": prompt.begin + prompt.passage}
 
 
-def _query_prompt(prompt: PromptSettings, instruction: str) -> str:
+def query_prompt(prompt: PromptSettings, instruction: str) -> str:
+    """Returns the prompt of queries with this task instruction; without an instruction, only `begin`."""
     return prompt.begin + (prompt.query.replace("{instruction}", instruction) if instruction else "")
 
 

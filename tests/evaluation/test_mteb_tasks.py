@@ -24,6 +24,7 @@ from sklearn.metrics import average_precision_score
 import codiemb_jax
 from codiemb_jax.checkpoints.export import write_export
 from codiemb_jax.checkpoints.model import open_model
+from codiemb_jax.checkpoints.orbax import save_model
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
@@ -40,6 +41,7 @@ from codiemb_jax.evaluation.mteb_tasks import (
     run_mteb,
 )
 from codiemb_jax.sharding import make_mesh
+from convert.orbax_to_hf import main as orbax_to_hf
 from tests.evaluation.local_mteb import TASKS, LocalMissing, pairs, retrieval_data
 from tests.helpers import sentence_transformer
 
@@ -75,13 +77,9 @@ def embedder(model):
 def export(model, tmp_path_factory) -> Path:
     """The same model as a Hugging Face folder, with the prompts of the local tasks."""
     folder = tmp_path_factory.mktemp("mteb") / "export"
-    write_export(folder, model.load(), {}, model.blueprint, stock=True)
-    path = folder / "config_sentence_transformers.json"
-    config = json.loads(path.read_text())
-    for name, instruction in instructions_of(NAMES).items():
-        config["prompts"][name] = PROMPT.query.replace("{instruction}", instruction)
-    config["prompts"]["LocalSTS"] = config["prompts"]["query"]  # mteb has no prompt for it
-    path.write_text(json.dumps(config))
+    # mteb has no prompt for LocalSTS.
+    instructions = instructions_of(NAMES) | {"LocalSTS": PROMPT.default_instruction}
+    write_export(folder, model.load(), {}, model.blueprint, stock=True, instructions=instructions)
     return folder
 
 
@@ -145,6 +143,23 @@ def test_scores_match_those_of_mteb_with_sentence_transformers_on_the_export(exp
         assert score.value == pytest.approx(expected, abs=1e-6), task_type
         result = mteb.evaluate(wrapper, task(), cache=None, co2_tracker=False, show_progress_bar=False)
         assert result.task_results[0].get_score() == pytest.approx(expected, abs=1e-6), task_type
+
+
+def test_export_of_a_checkpoint_has_the_prompts_of_named_tasks(model, tmp_path):
+    save_model(tmp_path / "checkpoint", model.stream(), model.stream_passthrough(), model.blueprint)
+    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "export")]
+    with pytest.raises(UserError, match="STSb"):
+        orbax_to_hf([*arguments, "--mteb", "STSb"])
+    assert not (tmp_path / "export").exists()
+    orbax_to_hf([*arguments, "--mteb", "STSB", "DuRetrieval"])
+    registered = mteb.get_model_meta("tencent/Youtu-Embedding").loader_kwargs["prompts_dict"]
+    config = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())
+    expected = {"STSB": registered["STSB"], "DuRetrieval-query": registered["DuRetrieval"]["query"]}
+    assert {name: config["prompts"][name] for name in expected} == {
+        name: PROMPT.begin + PROMPT.query.replace("{instruction}", instruction)
+        for name, instruction in expected.items()
+    }
+    assert config["prompts"].keys() == {"query", "document", *expected}
 
 
 class Recorder:
