@@ -41,7 +41,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         help="float32, int8 (normalized, times 127), or binary (8 dimensions per byte)",
     )
     add("--batch_size", type=positive_argument, default=32, metavar="N", help="rows per batch (default: 32)")
+    with loading_modules():
+        from codiemb_jax.options import add_distributed_flags, distributed_settings
+
+    add_distributed_flags(parser)
     options = parser.parse_args(arguments)
+    distributed = distributed_settings(options)
     if options.input.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--input {options.input}: expected a name that ends in .txt or .jsonl")
     check_new_file(options.output, *ENDINGS)
@@ -53,21 +58,23 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     with loading_modules():
         from codiemb_jax.checkpoints.model import resolve_model_path
         from codiemb_jax.compilation import use_compilation_cache
-        from codiemb_jax.distributed import log_console
+        from codiemb_jax.distributed import connected, is_first_process, log_console
         from codiemb_jax.embedder import Embedder
         from codiemb_jax.encoding import EncodeSettings, encode_file
 
-    use_compilation_cache()
-    embedder = Embedder.from_pretrained(options.model)
-    prompt = embedder.prompt(options.kind, options.instruction)
-    settings = EncodeSettings(prompt, options.dim, options.precision, options.batch_size)
-    model = model_files(resolve_model_path(options.model))
-    count, truncated = encode_file(embedder, options.input, options.output, settings, model)
-    if truncated:
-        log_console().print(
-            f"warning: {truncated:,} texts have more than {embedder.max_seq_length} tokens and were truncated"
-        )
-    print(f"encoded {count:,} texts to {options.output}")
+    with connected(distributed):
+        use_compilation_cache()
+        embedder = Embedder.from_pretrained(options.model)
+        prompt = embedder.prompt(options.kind, options.instruction)
+        settings = EncodeSettings(prompt, options.dim, options.precision, options.batch_size)
+        model = model_files(resolve_model_path(options.model))
+        count, truncated = encode_file(embedder, options.input, options.output, settings, model)
+        if truncated:
+            log_console().print(
+                f"warning: {truncated:,} texts have more than {embedder.max_seq_length} tokens and were truncated"
+            )
+        if is_first_process():
+            print(f"encoded {count:,} texts to {options.output}")
 
 
 def model_files(folder: Path) -> dict[str, list[int]]:

@@ -1,33 +1,27 @@
 """Encodes the texts of a file into a file of vectors, in bounded memory, and continues where it was interrupted.
 
-Unfinished output is in a folder `.NAME.partial` beside the output: the vectors so far, and how many are complete.
+All processes encode together. Only the first one writes.
 """
 
 import hashlib
-import os
-import shutil
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import IO, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
 from rich.progress import Progress
 
-from codiemb_jax.distributed import log_console
+from codiemb_jax.distributed import check_same, exchange, first_value, is_first_process, log_console
 from codiemb_jax.embedder import Embedder, count_truncated, unit_vectors
 from codiemb_jax.errors import UserError, format_problems, shorten
-from codiemb_jax.files import check_new_file, read_json, write_json
 from codiemb_jax.text.plain import parse_text
+from codiemb_jax.vector_file import Precision, VectorFile, open_vectors
 
 TEXTS_PER_BLOCK = 4096
 """Texts that are encoded between two records of progress."""
-
-Precision = Literal["float32", "int8", "binary"]
 
 
 @dataclass(frozen=True)
@@ -117,39 +111,31 @@ def encode_file(
     count, digest = check_texts(source)
     inputs = {"texts": digest, "model": model, **asdict(settings), "dim": dim}
     del inputs["batch_size"]
+    # Not the model, whose files may have been copied to each machine at another time.
+    shared = {name: json.dumps(value) for name, value in inputs.items() if name != "model"}
+    check_same(shared, "give all of them the same texts and flags")
+    width = dim // 8 if settings.precision == "binary" else dim
     truncated = 0
-    with _unfinished(output) as folder, Progress(console=log_console(), transient=True) as progress:
-        vectors, state = folder / "vectors.npy", folder / "state.json"
-        done = _completed(state, inputs, count)
-        header = _header(count, dim, settings.precision)
-        width = dim // 8 if settings.precision == "binary" else dim
-        row_bytes = width * _dtype(settings.precision).itemsize
-        with vectors.open("r+b" if done else "wb") as file:
-            if not done:
-                file.write(header)
-            complete = len(header) + done * row_bytes
-            if file.seek(0, os.SEEK_END) < complete:
-                raise UserError(f"{vectors}: is damaged; remove the folder {folder} to start over")
-            file.truncate(complete)  # removes what was written after the last record of progress
-            file.seek(complete)
-            task = progress.add_task("encoding", total=count, completed=done)
-            texts = islice(read_texts(source, []), done, None)
-            while block := list(islice(texts, TEXTS_PER_BLOCK)):
-                found, over = _embed(embedder, block, settings)
-                truncated += over
-                file.write(_convert(found, dim, settings.precision).tobytes())
-                _sync(file)
-                done += len(block)
-                write_json(state, {"inputs": inputs, "done": done})
-                progress.update(task, completed=done)
+    with ExitStack() as stack:
+        vectors: VectorFile | None = None
+        if is_first_process():
+            vectors = stack.enter_context(open_vectors(output, inputs, (count, width), settings.precision))
+        done = first_value(vectors.done if vectors else 0)
+        progress = stack.enter_context(Progress(console=log_console(), transient=True))
+        task = progress.add_task("encoding", total=count, completed=done)
+        texts = islice(read_texts(source, []), done, None)
+        while block := list(islice(texts, TEXTS_PER_BLOCK)):
+            found, over = _embed(embedder, block, settings)
+            truncated += over
+            done += len(block)
+            if vectors:
+                vectors.append(_convert(found, dim, settings.precision))
+            progress.update(task, completed=done)
         if done != count:
             raise UserError(f"--input {source}: has changed while it was read; start again")
-        if output.suffix == ".parquet":
-            _write_parquet(vectors, folder / "vectors.parquet")
-            vectors = folder / "vectors.parquet"
-        check_new_file(output, output.suffix)
-        vectors.rename(output)
-    shutil.rmtree(folder, ignore_errors=True)
+        if vectors:
+            vectors.move_to(output)
+    exchange(None)  # the others wait for the first process
     return count, truncated
 
 
@@ -177,75 +163,3 @@ def _convert(vectors: np.ndarray, dim: int, precision: Precision) -> np.ndarray:
     if precision == "binary":
         return (np.packbits(vectors > 0, axis=1).astype(np.int16) - 128).astype(np.int8)
     return vectors.astype(np.float32)
-
-
-def _dtype(precision: Precision) -> np.dtype:
-    return np.dtype(np.float32 if precision == "float32" else np.int8)
-
-
-def _header(count: int, dim: int, precision: Precision) -> bytes:
-    """Returns the header of a .npy file."""
-    shape = (count, dim // 8 if precision == "binary" else dim)
-    content = BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(_dtype(precision)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(content, description)
-    return content.getvalue()
-
-
-def _completed(state: Path, inputs: dict[str, object], count: int) -> int:
-    """Returns how many texts an interrupted run has encoded."""
-    if not state.exists():
-        return 0
-    found = read_json(state, dict)
-    done = found.get("done")
-    if found.get("inputs") != inputs or type(done) is not int or not 0 <= done <= count:
-        raise UserError(
-            f"{state.parent} is left from an interrupted run with other texts, settings or another model; run the same "
-            "command to finish it, or remove the folder"
-        )
-    return done
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _write_parquet(source: Path, target: Path) -> None:
-    """Writes vectors as the column `embedding`, a list of fixed size per row."""
-    import pyarrow
-    from pyarrow import parquet
-
-    vectors = np.load(source, mmap_mode="r", allow_pickle=False)
-    kind = pyarrow.list_(pyarrow.from_numpy_dtype(vectors.dtype), vectors.shape[1])
-    with parquet.ParquetWriter(target, pyarrow.schema([("embedding", kind)])) as writer:
-        for start in range(0, len(vectors), TEXTS_PER_BLOCK):
-            values = pyarrow.array(np.array(vectors[start : start + TEXTS_PER_BLOCK]).ravel())
-            column = pyarrow.FixedSizeListArray.from_arrays(values, type=kind)
-            writer.write_table(pyarrow.table({"embedding": column}))
-
-
-@contextmanager
-def _unfinished(output: Path) -> Iterator[Path]:
-    """Yields the folder of the unfinished output, which no other process uses meanwhile.
-
-    Raises:
-      UserError: If the output exists or cannot be written, or another process writes it.
-    """
-    folder = output.parent.resolve() / f".{output.name}.partial"
-    try:
-        check_new_file(output, output.suffix)
-        if folder.is_symlink():
-            raise UserError(f"{folder}: is a link; remove it")
-        folder.mkdir(exist_ok=True)
-        for name in ("vectors.npy", "vectors.parquet", "state.json", "lock"):
-            if (folder / name).is_symlink():
-                raise UserError(f"{folder / name}: is a link; remove it")
-        with FileLock(folder / "lock").acquire(blocking=False):
-            yield folder
-    except Timeout as error:
-        raise UserError(f"--output {output}: is being written by another process; wait until it ends") from error
-    except OSError as error:
-        if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
-            raise  # an error of reading, not of writing
-        raise UserError(f"--output {shorten(str(output))}: cannot be written: {error.strerror or error}") from error

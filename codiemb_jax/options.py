@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-from codiemb_jax.config import Settings
+from pydantic import ValidationError
+
+from codiemb_jax.config import DistributedSettings, Settings
 from codiemb_jax.config_file import find_config, flags_parser, load_settings, parse_flags
-from codiemb_jax.errors import UserError
+from codiemb_jax.errors import UserError, format_problems
 from codiemb_jax.program import Parser
 
 
@@ -20,6 +22,32 @@ def config_parser(prog: str, description: str | None) -> Parser:
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     return parser
+
+
+def add_distributed_flags(parser: Parser) -> None:
+    """Adds the settings in `distributed` as flags of a program without a configuration."""
+    for name, field in DistributedSettings.model_fields.items():
+        kind = str if name == "coordinator" else int
+        text = " ".join((field.description or "").split())
+        parser.add_argument(f"--distributed.{name}", type=kind, metavar="VALUE", help=text)
+
+
+def distributed_settings(options: argparse.Namespace) -> DistributedSettings:
+    """Returns the values of the flags of `add_distributed_flags`.
+
+    Raises:
+      UserError: If they are invalid.
+    """
+    values = {name: getattr(options, f"distributed.{name}") for name in DistributedSettings.model_fields}
+    try:
+        return DistributedSettings.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"--distributed{''.join(f'.{part}' for part in problem['loc'])}: "
+            + problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors()
+        ]
+        raise UserError("invalid flags:\n" + format_problems(problems)) from error
 
 
 def read_options(parser: Parser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings] | None:

@@ -1,7 +1,9 @@
 """Tests of settings: defaults, files, flags and error messages."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -52,7 +54,7 @@ data:
   passage_max_tokens: 1024
   packing: true
   row_tokens: null
-evaluation: {ir: [], sts: [], beir: []}
+evaluation: {ir: [], sts: [], beir: [], every_steps: null, metric: null, keep_best: true, patience: null}
 objective:
   ir: info_nce
   sts: codi
@@ -83,9 +85,11 @@ encode_chunks: 1
 mesh: {data: -1, fsdp: 1, tensor: 1}
 distributed: {coordinator: null, num_processes: null, process_id: null}
 checkpoint: {every_steps: null, every_epochs: 1, keep: 3}
+tracking: {tensorboard: true, wandb: {project: null, mode: online}}
 non_finite: stop
 non_finite_skips: 10
 export: true
+push_to_hub: null
 """
 
 
@@ -748,11 +752,11 @@ def test_tasks_are_those_with_data(load):
 
 
 def test_every_setting_has_a_flag_with_a_description(capsys):
-    settings = {
-        f"{section}.{name}" if isinstance(value, dict) else section
-        for section, value in yaml.safe_load(DEFAULTS).items()
-        for name in (value if isinstance(value, dict) else [""])
-    }
+    def names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in values.items():
+            yield from names(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+    settings = set(names(yaml.safe_load(DEFAULTS)))
     flags = {action.option_strings[0]: action.help for action in flags_parser()._actions}
     assert set(flags) == {f"--{name}" for name in settings}
     assert all(flags.values())

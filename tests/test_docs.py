@@ -109,7 +109,7 @@ def test_commands_are_valid(page):
             flags = [word for word in words[2:] if word.startswith("--")]
             assert all(f'"{flag}"' in read_text(REPOSITORY / words[1]) for flag in flags), words
         else:
-            assert words[0] in ("pytest", "pre-commit", "mkdocs"), words
+            assert words[0] in ("pytest", "pre-commit", "mkdocs", "vllm", "docker"), words
 
 
 def check_train_arguments(arguments: list[str]) -> None:
@@ -159,10 +159,13 @@ def test_mentioned_tests_exist(page):
             assert any(name.startswith("test_") and keyword in name for name in names), f"{path} -k {keyword}"
 
 
-@for_pages_with("yaml", "README.md", "docs/guides/train.md")
+@for_pages_with("yaml", "README.md", "docs/guides/evaluate.md", "docs/guides/train.md")
 def test_settings_examples_are_valid(page, tmp_path):
     for block in code_blocks(page, "yaml"):
-        (tmp_path / "settings.yaml").write_text(block, encoding="utf-8")
+        values = yaml.safe_load(block)
+        if "output_dir" not in values:  # some settings of a run
+            values = yaml.safe_load(code_blocks(README, "yaml")[0]) | values
+        (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         load_settings(tmp_path / "settings.yaml")
 
 
@@ -217,7 +220,7 @@ def test_five_commands_of_the_readme(tmp_path, monkeypatch, capsys):
         for place in places
     )
     Path("faq.csv").write_text("question,answer\n" + rows, encoding="utf-8")
-    (example,) = code_blocks(README, "yaml")
+    example, _ = code_blocks(README, "yaml")
     settings = yaml.safe_load(example)
     settings["model"]["path"] = "package://quickstart/model"  # instead of a larger one
     Path("mine.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")

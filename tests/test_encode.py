@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import codiemb_jax
 from codiemb_jax import Embedder, encoding
 from codiemb_jax.cli import main as codiemb
 from codiemb_jax.errors import UserError
+from tests.processes import free_port
 
 MODEL = Path(codiemb_jax.__file__).parent / "quickstart" / "model"
 WORDS = ("plants", "make", "sugar", "from", "light", "while", "water", "and", "salt", "move", "through", "stones")
@@ -168,3 +171,53 @@ def test_output_that_exists_is_kept(texts, tmp_path):
         encode(tmp_path, "o.npy")
     assert (tmp_path / "o.npy").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.npy", "texts.txt"]
+
+
+def start_processes(folder: Path, output: str, count: int, *flags: str) -> list[subprocess.Popen]:
+    """Starts the processes of one run, with two simulated devices each."""
+    command = [sys.executable, "-m", "codiemb_jax.encode", "--model", str(MODEL), "--input", str(folder / "texts.txt")]
+    command += ["--output", str(folder / output), "--distributed.coordinator", f"localhost:{free_port()}", *flags]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    return [
+        subprocess.Popen(
+            [*command, "--distributed.num_processes", str(count), "--distributed.process_id", str(i)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def wait(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Returns the exit code and the output of each process."""
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_several_processes_encode_together(texts, tmp_path):
+    expected = encode(tmp_path, "alone.npy")
+    (code, output), other = wait(start_processes(tmp_path, "together.npy", 2))
+    assert code == 0, output
+    assert "encoded 150 texts" in output
+    assert other[0] == 0 and "encoded" not in other[1]
+    np.testing.assert_allclose(np.load(tmp_path / "together.npy"), expected, atol=1e-6)
+    assert not (tmp_path / ".together.npy.partial").exists()
+    # Both processes end if one of them cannot go on.
+    (tmp_path / ".third.npy.partial").symlink_to(tmp_path)
+    failed = wait(start_processes(tmp_path, "third.npy", 2))
+    assert [code for code, _ in failed] == [2, 2], failed
+    assert all("is a link; remove it" in output for _, output in failed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--distributed.process_id", "1"], "give coordinator, num_processes and process_id together"),
+        (["--distributed.num_processes", "0"], "--distributed.num_processes: Input should be greater than 0"),
+        (["--distributed.num_processes", "two"], "argument --distributed.num_processes: invalid int value: 'two'"),
+        (["--distributed.coordinator", "here"], "--distributed.coordinator: String should match pattern"),
+    ],
+)
+def test_invalid_flags_of_processes(flags, message, texts, tmp_path):
+    with pytest.raises(UserError, match=message):
+        encode(tmp_path, "o.npy", *flags)

@@ -57,7 +57,7 @@ def test_output_is_as_documented(name, export):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     page = PAGE.read_text()
-    marker = f"<!-- output of {name}.py -->\n```\n"
+    marker = f"<!-- output of {name}.py -->\n```text\n"
     before, _, rest = page.partition(marker)
     documented, end, after = rest.partition("```\n")
     if os.environ.get("CODIEMB_JAX_WRITE_EXAMPLES"):
