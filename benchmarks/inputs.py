@@ -25,12 +25,17 @@ def write_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def quickstart_words() -> np.ndarray:
+    """Returns the words of the encyclopedia passages of the quickstart."""
+    lines = (QUICKSTART / "data" / "train" / "ir" / "encyclopedia.jsonl").read_text(encoding="utf-8").splitlines()
+    return np.array(" ".join(positive[2] for line in lines for positive in json.loads(line)["positives"]).split())
+
+
 def random_texts(random: np.random.Generator, model: Path, lengths: np.ndarray) -> list[str]:
     """Returns texts of about `lengths` tokens, whose words come from the texts of the quickstart."""
     from transformers import AutoTokenizer
 
-    lines = (QUICKSTART / "data" / "train" / "ir" / "encyclopedia.jsonl").read_text(encoding="utf-8").splitlines()
-    words = np.array(" ".join(positive[2] for line in lines for positive in json.loads(line)["positives"]).split())
+    words = quickstart_words()
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens_per_word = len(tokenizer(" ".join(words), verbose=False)["input_ids"]) / len(words)
     return [" ".join(random.choice(words, max(2, round(length / tokens_per_word)))) for length in lengths.tolist()]

@@ -9,15 +9,13 @@ memory, and how many negatives were found.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inputs import QUICKSTART
+from child import run_measured
+from inputs import QUICKSTART, quickstart_words
 from rich.console import Console
 from rich.table import Table
 
@@ -25,8 +23,7 @@ from rich.table import Table
 def write_inputs(corpus: Path, data: Path, documents: int, queries: int) -> None:
     """Writes a corpus of random texts, and queries for the first documents."""
     random = np.random.default_rng(0)
-    lines = (QUICKSTART / "data" / "train" / "ir" / "encyclopedia.jsonl").read_text(encoding="utf-8").splitlines()
-    words = np.array(" ".join(positive[2] for line in lines for positive in json.loads(line)["positives"]).split())
+    words = quickstart_words()
     with corpus.open("w", encoding="utf-8") as file, data.open("w", encoding="utf-8") as records:
         for i in range(documents):
             text = random.choice(words, random.integers(10, 30))
@@ -44,22 +41,13 @@ def measure(folder: Path, documents: int, queries: int) -> dict[str, Any]:
     output.unlink(missing_ok=True)
     command = [sys.executable, "-m", "codiemb_jax.mine", "--model", QUICKSTART / "model", "--ir", data]
     command += ["--corpus", corpus, "--output", output, "--relative_margin", "0.05"]
-    start = time.perf_counter()
-    # A child of its own, whose peak is not that of an earlier one.
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    seconds = time.perf_counter() - start
+    usage = run_measured(command)
     with output.open(encoding="utf-8") as file:
         negatives = sum(len(json.loads(line)["negatives"]) for line in file)
     return {
         "documents": documents,
         "queries": queries,
-        "seconds": seconds,
-        "peak_mb": usage.ru_maxrss / 1024,
-        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        **usage._asdict(),
         "negatives": negatives,
     }
 
