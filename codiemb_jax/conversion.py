@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +131,9 @@ class _Cells:
         if not all(isinstance(text, str) for text in values):
             self.problems.append(f"{location}: {shorten(column)}: expected a string, or a list of strings")
             return []
-        return [text for text in values if Triple.stripped("", "", text).text.strip()]
+        # As in training, so that the same texts are recognized.
+        stripped = [Triple.stripped("", "", text).text for text in values]
+        return [text for text in stripped if text.strip()]
 
     def text(self, location: str, cells: dict[str, Any], column: str) -> str:
         """Returns the only text of a cell."""
@@ -176,10 +178,16 @@ def _read_ir(source: Path, settings: ConversionSettings) -> tuple[list[Example],
         rows += 1
         cells.check()
     cells.check(at_end=True)
-    for example in examples.values():
+    return _without_positives(examples.values()), rows
+
+
+def _without_positives(examples: Iterable[Example]) -> list[Example]:
+    """Removes the positives of each example from its negatives."""
+    found = list(examples)
+    for example in found:
         for text in example.positives.keys() & example.negatives.keys():
             del example.negatives[text]
-    return list(examples.values()), rows
+    return found
 
 
 def _read_sts(source: Path, settings: ConversionSettings) -> tuple[list[Example], int]:
@@ -206,20 +214,19 @@ def _read_beir(source: Path, split: str) -> tuple[list[Example], int]:
     beir = read_folder(source, split)
     wanted = {name for gains in beir.relevant for name in gains}
     texts = {
-        document.id: document.text
+        document.id: text
         for block in beir.blocks(DOCUMENTS_PER_BLOCK)
         for document in block
-        if document.id in wanted and Triple.stripped("", "", document.text).text.strip()
+        if document.id in wanted and (text := Triple.stripped("", "", document.text).text).strip()
     }
-
-    def examples() -> Iterator[Example]:
-        for (_, query), gains in zip(beir.queries.values(), beir.relevant, strict=True):
-            positives = {texts[name]: None for name, gain in gains.items() if gain > 0 and name in texts}
-            negatives = {texts[name]: None for name, gain in gains.items() if gain <= 0 and name in texts}
-            if positives:
-                yield Example(query, positives, {text: None for text in negatives if text not in positives})
-
-    found = list(examples())
+    examples: dict[str, Example] = {}
+    for (_, query), gains in zip(beir.queries.values(), beir.relevant, strict=True):
+        stripped = Triple.stripped("", "", query).text
+        example = examples.setdefault(stripped, Example(stripped, {}, {}))
+        for name, gain in gains.items():
+            if name in texts:
+                (example.positives if gain > 0 else example.negatives)[texts[name]] = None
+    found = [example for example in _without_positives(examples.values()) if example.positives]
     if not found:
         raise UserError(f"{shown(source)}: no query of the split {split} has a relevant document with a text")
     return found, sum(map(len, beir.relevant))

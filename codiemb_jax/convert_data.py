@@ -8,7 +8,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from codiemb_jax.errors import UserError
+from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.files import check_new_folder, is_unicode, new_folder
 from codiemb_jax.program import Parser, count_argument, loading_modules, path_argument, run_program
 
@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     add(
         "--max_score",
         type=_positive_number,
-        default=1.0,
         metavar="X",
         help="highest possible score; scores are divided by it (default: 1)",
     )
@@ -47,12 +46,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     )
     add("--seed", type=count_argument, default=0, metavar="N", help="seed of the choice of these queries (default: 0)")
     options = parser.parse_args(arguments)
-    if options.score and (options.negative or len(options.positive) > 1):
+    for flag in ("query", "score", "positive", "negative"):
+        if "" in (value if isinstance(value := getattr(options, flag), list) else [value]):
+            raise UserError(f"--{flag}: give the name of a column")
+    if options.score is None and options.max_score is not None:
+        raise UserError("--max_score has no effect without --score")
+    if options.score is not None and (options.negative or len(options.positive) > 1):
         raise UserError("--score: similarity pairs have one --positive column and no --negative columns")
     for flag in ("instruction", "split", "query", "score", "positive", "negative"):
         if not is_unicode(value := getattr(options, flag)):
             raise UserError(f"--{flag} {ascii(value)}: is not valid UTF-8")
-    check_new_folder(options.output, "--output", *([options.input] if options.input.is_dir() else []))
+    try:
+        inputs = [options.input] if options.input.is_dir() else []
+    except OSError as error:  # too long
+        raise UserError(f"--input {shorten(str(options.input))}: cannot be read: {error.strerror}") from error
+    check_new_folder(options.output, "--output", *inputs)
 
     with loading_modules():
         from rich.console import Console
@@ -60,12 +68,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         from codiemb_jax.conversion import ConversionSettings, convert
 
     settings = ConversionSettings(
-        task="sts" if options.score else "ir",
+        task="ir" if options.score is None else "sts",
         query=options.query,
         positives=tuple(options.positive),
         negatives=tuple(options.negative),
         score=options.score or "",
-        max_score=options.max_score,
+        max_score=1.0 if options.max_score is None else options.max_score,
         instruction=options.instruction,
         split=options.split,
         held_out=options.held_out,

@@ -79,8 +79,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
 
 def model_files(folder: Path) -> dict[str, list[int]]:
     """Returns the size and the time of change of each file of a model, by which a changed model is noticed."""
-    found = {str(file.relative_to(folder)): file.stat() for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        # Not hidden ones: unfinished output may be among them.
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            status = file.stat()
+            found[str(name)] = [status.st_size, status.st_mtime_ns]
+    return found
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ All processes encode together. Only the first one writes.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,6 +18,7 @@ from codiemb_jax.distributed import check_same, exchange, first_value, is_first_
 from codiemb_jax.embedder import Embedder, count_truncated, unit_vectors
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.text.plain import parse_text
+from codiemb_jax.text.prompts import EmptyContentError
 from codiemb_jax.vector_file import Precision, VectorFile, open_vectors
 
 TEXTS_PER_BLOCK = 4096
@@ -73,15 +74,20 @@ def check_texts(path: Path) -> tuple[int, str]:
       UserError: If a text is invalid, or there is none.
     """
     problems: list[str] = []
-    count, digest = 0, hashlib.blake2b(digest_size=16)
-    for text in read_texts(path, problems):
-        count += 1
-        digest.update(f"{len(text)} {text}".encode())
+    digest = hashlib.blake2b(digest_size=16)
+    count = sum(1 for _ in _hashed(read_texts(path, problems), digest))
     if problems:
         raise UserError(f"invalid texts:\n{format_problems(problems)}")
     if not count:
         raise UserError(f"--input {path}: contains no texts")
     return count, digest.hexdigest()
+
+
+def _hashed(texts: Iterable[str], digest: hashlib.blake2b) -> Iterator[str]:
+    """Yields texts and adds them to a hash."""
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode())
+        yield text
 
 
 def encode_file(
@@ -112,7 +118,7 @@ def encode_file(
     inputs = {"texts": digest, "model": model, **asdict(settings), "dim": dim}
     del inputs["batch_size"]
     # Not the model, whose files may have been copied to each machine at another time.
-    shared = {name: json.dumps(value) for name, value in inputs.items() if name != "model"}
+    shared = {name: json.dumps(value) for name, value in (inputs | asdict(settings)).items() if name != "model"}
     check_same(shared, "give all of them the same texts and flags")
     width = dim // 8 if settings.precision == "binary" else dim
     truncated = 0
@@ -123,15 +129,21 @@ def encode_file(
         done = first_value(vectors.done if vectors else 0)
         progress = stack.enter_context(Progress(console=log_console(), transient=True))
         task = progress.add_task("encoding", total=count, completed=done)
-        texts = islice(read_texts(source, []), done, None)
+        encoded = hashlib.blake2b(digest_size=16)
+        texts = islice(_hashed(read_texts(source, []), encoded), done, None)
         while block := list(islice(texts, TEXTS_PER_BLOCK)):
-            found, over = _embed(embedder, block, settings)
+            try:
+                found, over = _embed(embedder, block, settings)
+            except EmptyContentError as error:
+                places = [f"{source}:{done + i + 1}" for i in range(len(block))]
+                problems = error.problems_at(places, "a longer limit")
+                raise UserError(f"texts without a token:\n{format_problems(problems)}") from error
             truncated += over
             done += len(block)
             if vectors:
                 vectors.append(_convert(found, dim, settings.precision))
             progress.update(task, completed=done)
-        if done != count:
+        if done != count or encoded.hexdigest() != digest:
             raise UserError(f"--input {source}: has changed while it was read; start again")
         if vectors:
             vectors.move_to(output)

@@ -121,6 +121,9 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as error:  # from argparse
         code = error.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException as error:
         code = exit_code(error)
         with suppress(OSError):

@@ -4,7 +4,9 @@ Unfinished output is in a folder `.NAME.partial` beside the output: the vectors 
 """
 
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -19,6 +21,11 @@ from codiemb_jax.files import check_new_file, read_json, write_json
 
 ROWS_PER_GROUP = 4096
 """Vectors per row group of a Parquet file."""
+
+NAMES = ("vectors.npy", "vectors.parquet", "state.json", "lock")
+"""Names of the files in the folder of unfinished output."""
+TEMPORARY_STATE = re.compile(r"\.state\.json\.[0-9a-f]{8}\.tmp")
+"""Name of state.json while it is being written, see `write_atomically`."""
 
 Precision = Literal["float32", "int8", "binary"]
 
@@ -40,38 +47,43 @@ class VectorFile:
         """
         self.path, self._state, self._inputs = folder / "vectors.npy", folder / "state.json", dict(inputs)
         dtype = np.dtype(np.float32 if precision == "float32" else np.int8)
-        self.done = self._completed(shape[0])
-        """Number of complete vectors."""
-        self._file: IO[bytes] = self.path.open("r+b" if self.done else "wb")
+        self.done, self._checksum = self._completed(shape[0])
         header = _header(shape, dtype)
         if not self.done:
-            self._file.write(header)
+            self._file: IO[bytes] = self.path.open("wb")
+            self._write(header)
+            return
         complete = len(header) + self.done * shape[1] * dtype.itemsize
-        if self._file.seek(0, os.SEEK_END) < complete:
-            self.close()
+        if not self.path.is_file() or _checksum(self.path, complete) != self._checksum:
             raise UserError(f"{self.path}: is damaged; remove the folder {folder} to start over")
+        self._file = self.path.open("r+b")
         self._file.truncate(complete)  # removes what was written after the last record of progress
         self._file.seek(complete)
 
-    def _completed(self, count: int) -> int:
+    def _completed(self, count: int) -> tuple[int, int]:
+        """Returns the number of complete vectors, and the checksum of the file up to there."""
         if not self._state.exists():
-            return 0
+            return 0, 0
         found = read_json(self._state, dict)
-        done = found.get("done")
-        if found.get("inputs") != self._inputs or type(done) is not int or not 0 <= done <= count:
+        done, checksum = found.get("done"), found.get("checksum")
+        if found.get("inputs") != self._inputs or type(done) is not int or not 0 < done <= count:
             raise UserError(
                 f"{self._state.parent} is left from an interrupted run with other texts, settings or another model; "
                 "run the same command to finish it, or remove the folder"
             )
-        return done
+        return done, checksum
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._checksum = zlib.crc32(content, self._checksum)
 
     def append(self, vectors: np.ndarray) -> None:
         """Writes the next vectors, and waits until they are on disk."""
-        self._file.write(vectors.tobytes())
+        self._write(vectors.tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
         self.done += len(vectors)
-        write_json(self._state, {"inputs": self._inputs, "done": self.done})
+        write_json(self._state, {"inputs": self._inputs, "done": self.done, "checksum": self._checksum})
 
     def close(self) -> None:
         self._file.close()
@@ -107,9 +119,11 @@ def open_vectors(
         if folder.is_symlink():
             raise UserError(f"{folder}: is a link; remove it")
         folder.mkdir(exist_ok=True)
-        for name in ("vectors.npy", "vectors.parquet", "state.json", "lock"):
-            if (folder / name).is_symlink():
-                raise UserError(f"{folder / name}: is a link; remove it")
+        for path in folder.iterdir():
+            if path.is_symlink():
+                raise UserError(f"{path}: is a link; remove it")
+            if path.name not in NAMES and not TEMPORARY_STATE.fullmatch(path.name):
+                raise UserError(f"{folder}: contains other files ({path.name}); move it away")
         with FileLock(folder / "lock").acquire(blocking=False):
             vectors = VectorFile(folder, inputs, shape, precision)
             try:
@@ -122,6 +136,16 @@ def open_vectors(
         if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
             raise  # an error of reading, not of writing
         raise UserError(f"--output {shorten(str(output))}: cannot be written: {error.strerror or error}") from error
+
+
+def _checksum(path: Path, size: int) -> int:
+    """Returns the CRC-32 of the first `size` bytes of a file, or of all if there are fewer."""
+    checksum = 0
+    with path.open("rb") as file:
+        while size and (content := file.read(min(size, 2**24))):
+            checksum = zlib.crc32(content, checksum)
+            size -= len(content)
+    return checksum
 
 
 def _header(shape: tuple[int, int], dtype: np.dtype) -> bytes:

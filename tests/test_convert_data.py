@@ -248,3 +248,40 @@ def test_error_exits_with_code_2_and_without_traceback(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: faq.csv: no column 'query'; its columns: question, answer\n"
     assert [path.name for path in tmp_path.iterdir()] == ["faq.csv"]
+
+
+def test_texts_that_training_strips_alike_are_the_same_text(tmp_path):
+    (tmp_path / "faq.csv").write_text('query,positive,negative\nfoo,A,X\n"foo ",B,A\n"foo:",C," B"\n')
+    (example,) = convert(tmp_path / "faq.csv", tmp_path / "data", "--negative", "negative")["train.jsonl"]
+    assert example["query"] == ["", "", "foo"]
+    assert [text for *_, text in example["positives"]] == ["A", "B", "C"]
+    assert [text for *_, text in example["negatives"]] == ["X"]
+
+
+def test_beir_queries_with_the_same_text_become_one_example(tmp_path):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "1", "text": "one"}\n{"_id": "2", "text": "two"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "a", "text": "which"}\n{"_id": "b", "text": "which "}\n')
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\na\t1\t1\nb\t1\t0\nb\t2\t0\n")
+    (example,) = convert(folder, tmp_path / "data")["train.jsonl"]
+    assert example["query"] == ["", "", "which"]
+    assert example["positives"] == [["", "", "one"]]
+    assert example["negatives"] == [["", "", "two"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--negative", "negatives"], "faq.jsonl: no column 'negatives'; its columns: query, positive, negative"),
+        (["--score", ""], "--score: give the name of a column"),
+        (["--negative", "negative", ""], "--negative: give the name of a column"),
+        (["--max_score", "5"], "--max_score has no effect without --score"),
+        (["--input", "x" * 300], "cannot be read: File name too long"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, message, tmp_path):
+    (tmp_path / "faq.jsonl").write_text('{"query": "a", "positive": "b", "negative": "c"}\n')
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "faq.jsonl", tmp_path / "data", *flags)
+    assert not (tmp_path / "data").exists()

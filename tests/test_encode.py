@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import codiemb_jax
 from codiemb_jax import Embedder, encoding
 from codiemb_jax.cli import main as codiemb
+from codiemb_jax.encode import model_files
 from codiemb_jax.errors import UserError
+from codiemb_jax.text.prompts import EmptyContentError
 from tests.processes import free_port
 
 MODEL = Path(codiemb_jax.__file__).parent / "quickstart" / "model"
@@ -221,3 +224,76 @@ def test_several_processes_encode_together(texts, tmp_path):
 def test_invalid_flags_of_processes(flags, message, texts, tmp_path):
     with pytest.raises(UserError, match=message):
         encode(tmp_path, "o.npy", *flags)
+
+
+@pytest.fixture
+def interrupted(texts, tmp_path, monkeypatch) -> Path:
+    """The folder of unfinished output, with 64 of 150 vectors."""
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 64)
+    calls, embed = [], encoding._embed
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return embed(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "_embed", stop)
+        with pytest.raises(KeyboardInterrupt):
+            encode(tmp_path, "o.npy")
+    return tmp_path / ".o.npy.partial"
+
+
+@pytest.mark.parametrize("position", [30, 2000, None])
+def test_damaged_partial_output_is_refused(position, interrupted, tmp_path):
+    """A bit of the header or of a vector, or the whole file."""
+    path = interrupted / "vectors.npy"
+    content = bytearray(path.read_bytes())
+    if position is None:
+        path.unlink()
+    else:
+        content[position] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="vectors.npy: is damaged; remove the folder"):
+        encode(tmp_path, "o.npy")
+    assert not (tmp_path / "o.npy").exists()
+
+
+def test_other_files_in_the_folder_of_partial_output_are_kept(interrupted, tmp_path):
+    (interrupted / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"contains other files \(notes.txt\); move it away"):
+        encode(tmp_path, "o.npy")
+    assert (interrupted / "notes.txt").read_text() == "mine"
+
+
+def test_texts_that_change_meanwhile_are_refused(texts, tmp_path, monkeypatch):
+    def change(embedder, block, settings):
+        (tmp_path / "texts.txt").write_text("\n".join(reversed(texts)) + "\n")
+        return np.zeros((len(block), embedder.get_embedding_dimension()), np.float32), 0
+
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 8)
+    monkeypatch.setattr(encoding, "_embed", change)
+    (tmp_path / "texts.txt").write_text("\n".join(texts * 40) + "\n")
+    texts *= 40
+    with pytest.raises(UserError, match="has changed while it was read; start again"):
+        encode(tmp_path, "o.npy")
+    assert not (tmp_path / "o.npy").exists()
+
+
+def test_text_without_tokens_is_named(embedder, texts, tmp_path, monkeypatch):
+    def fail(*_):
+        raise EmptyContentError({}, [3])
+
+    monkeypatch.setattr(encoding, "_embed", fail)
+    with pytest.raises(UserError, match=r"texts.txt:4: the tokenizer produces no tokens"):
+        encode(tmp_path, "o.npy")
+
+
+def test_output_in_the_folder_of_the_model_can_be_continued(texts, tmp_path, monkeypatch):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    files = model_files(model)
+    (model / ".o.npy.partial").mkdir()
+    (model / ".o.npy.partial" / "vectors.npy").write_text("")
+    assert model_files(model) == files
+    assert files.keys() == {path.name for path in MODEL.iterdir()}

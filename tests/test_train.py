@@ -506,7 +506,7 @@ def test_run_with_other_settings_and_no_checkpoint_raises_user_error(both_tasks,
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("exports", [None, 3, "x", {}, [3]])
+@pytest.mark.parametrize("exports", [None, 3, "x", {}, [3], [{}]])
 def test_invalid_export_digests_raise_user_error(exports, both_tasks, tmp_path):
     folder = shutil.copytree(both_tasks[0], tmp_path / "run")
     inputs = json.loads((folder / "inputs.json").read_text())
@@ -841,3 +841,13 @@ def test_damaged_cache_raises_user_error(golden, tmp_path, monkeypatch):
             with pytest.raises(UserError, match=f"{prepared}: the prepared dataset is damaged .*; delete the folder"):
                 run(settings, tmp_path)
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["wandb", ".wandb", "tensorboard"])
+def test_link_in_place_of_a_folder_of_a_tracker_is_refused(name, finished, tmp_path):
+    folder, arguments = finished
+    if (folder / name).exists():
+        shutil.rmtree(folder / name)
+    (folder / name).symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"{name}: expected a folder, found a file or a link; move it away"):
+        main(arguments)

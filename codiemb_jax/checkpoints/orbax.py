@@ -30,7 +30,7 @@ from codiemb_jax.checkpoints.checksums import array_checksum, start_tree_checksu
 from codiemb_jax.checkpoints.folder import ModelFolder, prefix_errors
 from codiemb_jax.checkpoints.safetensors import LazyArray, weight_names
 from codiemb_jax.distributed import is_first_process
-from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import new_folder
 from codiemb_jax.models.build import Params
 from codiemb_jax.remote import Location, list_names, remote_errors, remove_folder
@@ -346,7 +346,10 @@ def missing_items(folder: Location) -> list[str]:
       UserError: If the folder is remote and cannot be read.
     """
     if isinstance(folder, Path):
-        return [name for name in REQUIRED_ITEMS if not (folder / name).exists()]
+        try:
+            return [name for name in REQUIRED_ITEMS if not (folder / name).exists()]
+        except OSError as error:  # such as a name that is too long
+            raise UserError(f"{shorten(str(folder))}: cannot be read: {error.strerror}") from error
     found = list_names(folder)
     return [name for name in (*REQUIRED_ITEMS, COMMITTED) if name not in found]
 

@@ -34,7 +34,7 @@ def read_table(path: Path, split: str, columns: Sequence[str]) -> Iterator[Row]:
     Args:
       path: A file whose ending is in `ENDINGS`, or a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
       split: The split to read of a folder with several.
-      columns: The columns that must exist. In JSON Lines, each line can leave some out.
+      columns: The columns that must exist. In JSON Lines, each line can leave some out, but not all lines.
 
     Raises:
       UserError: If the file or folder cannot be read or has no such column or split.
@@ -49,7 +49,7 @@ def read_table(path: Path, split: str, columns: Sequence[str]) -> Iterator[Row]:
         elif path.suffix == ".parquet":
             yield from _read_parquet(path, columns)
         elif path.suffix in ENDINGS:
-            yield from _read_json_lines(path)
+            yield from _read_json_lines(path, columns)
         else:
             raise UserError(f"{shown(path)}: expected a name that ends in one of {', '.join(ENDINGS)}")
     except OSError as error:
@@ -87,7 +87,8 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             raise UserError(f"{shown(path)}:{reader.line_num}: {error}") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
+def _read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    known: dict[str, None] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             location = f"{shown(path)}:{number}"
@@ -101,7 +102,10 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
                 raise UserError(f"{location}: {error}") from error
             if not is_unicode(cells):
                 raise UserError(f"{location}: unpaired surrogate (\\ud800 to \\udfff), expected valid Unicode")
+            known.update(dict.fromkeys(cells))
             yield Row(location, cells)
+    if known:
+        _check_columns(path, list(known), columns)
 
 
 def _require_pyarrow(path: Path) -> None:

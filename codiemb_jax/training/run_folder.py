@@ -125,6 +125,7 @@ class RunFolder:
         if self.done or self.config.exists():
             self._compare_run(settings, inputs)
             self._read_before()
+            self._exports()
         if settings.export:
             self._check_export()
 
@@ -162,7 +163,9 @@ class RunFolder:
         # Empty, or left by a run that was killed at its very start.
         if all(name == LOCK or TEMPORARY_FILE.fullmatch(name) for name in names):
             return
-        files, folders = (self.config, self.inputs, self.metrics, self.evaluation), (self.tensorboard, self.checkpoints)
+        files = self.config, self.inputs, self.metrics, self.evaluation
+        # Weights & Biases takes either of the last two.
+        folders = self.tensorboard, self.checkpoints, self.path / "wandb", self.path / ".wandb"
         if self.inputs.name not in names and self.config.name not in names:
             listed = ", ".join([*names[:5], *["…"] * (len(names) > 5)])
             raise UserError(
@@ -354,9 +357,10 @@ class RunFolder:
     def _exports(self) -> list[str]:
         """Returns the digests of the exports that this run has written."""
         digests = self._read(self.inputs).get("exports") if self.inputs.exists() else []
-        if not isinstance(digests, list):
+        if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
             raise UserError(
-                f"{self.shown(self.inputs)}: exports: expected a list; restore the file, or use another output_dir"
+                f"{self.shown(self.inputs)}: exports: expected a list of strings; restore the file, or use another "
+                "output_dir"
             )
         return digests
 
