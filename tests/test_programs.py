@@ -185,3 +185,9 @@ def test_conversion_on_a_full_disk_leaves_nothing(golden, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "converted: the checkpoint cannot be written (File too large)" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_exit_with_a_message_prints_it():
+    code = "import sys; from codiemb_jax.program import run_program; run_program(lambda: sys.exit('it failed'))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "it failed\n")
