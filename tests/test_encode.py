@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,24 +98,6 @@ def test_interrupted_run_continues_without_a_gap_or_a_double(texts, tmp_path, mo
     assert encoded == [32, 32]
     assert rest == [32, 32, 22]
     assert not partial.exists()
-
-
-def test_shortened_partial_output_is_refused(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 64)
-    calls, embed = [], encoding._embed
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return embed(*args)
-
-    monkeypatch.setattr(encoding, "_embed", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        encode(tmp_path, "o.npy")
-    os.truncate(tmp_path / ".o.npy.partial" / "vectors.npy", 200)
-    with pytest.raises(UserError, match="vectors.npy: is damaged; remove the folder"):
-        encode(tmp_path, "o.npy")
 
 
 def test_long_texts_are_counted(embedder, tmp_path, capsys):
@@ -245,16 +228,23 @@ def interrupted(texts, tmp_path, monkeypatch) -> Path:
     return tmp_path / ".o.npy.partial"
 
 
-@pytest.mark.parametrize("position", [30, 2000, None])
-def test_damaged_partial_output_is_refused(position, interrupted, tmp_path):
-    """A bit of the header or of a vector, or the whole file."""
-    path = interrupted / "vectors.npy"
+def flip_bit(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
-    if position is None:
-        path.unlink()
-    else:
-        content[position] ^= 1
-        path.write_bytes(content)
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit of the header": partial(flip_bit, position=30),
+    "a bit of a vector": partial(flip_bit, position=2000),
+    "cut short": lambda path: os.truncate(path, 200),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_partial_output_is_refused(damage, interrupted, tmp_path):
+    DAMAGES[damage](interrupted / "vectors.npy")
     with pytest.raises(UserError, match="vectors.npy: is damaged; remove the folder"):
         encode(tmp_path, "o.npy")
     assert not (tmp_path / "o.npy").exists()

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codiemb_jax.checkpoints.model import open_model
-from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint, RunCheckpoints, restore_run, saved_steps
+from codiemb_jax.checkpoints.orbax import OrbaxCheckpoint
+from codiemb_jax.checkpoints.run_checkpoints import RunCheckpoints, restore_run, saved_steps
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.config_file import load_settings
 from codiemb_jax.data.index import INDEX

@@ -20,7 +20,8 @@ from gcsfs import GCSFileSystem
 
 from codiemb_jax.cache import cache_folder, remote_cache
 from codiemb_jax.checkpoints.model import resolve_model_path
-from codiemb_jax.checkpoints.orbax import missing_items, saved_steps
+from codiemb_jax.checkpoints.orbax import missing_items
+from codiemb_jax.checkpoints.run_checkpoints import saved_steps
 from codiemb_jax.data.find import dataset_names, find_files
 from codiemb_jax.data.prepare import prepare
 from codiemb_jax.errors import UserError

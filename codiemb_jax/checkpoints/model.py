@@ -15,7 +15,8 @@ from codiemb_jax.checkpoints.blueprint import ENCODING, Blueprint
 from codiemb_jax.checkpoints.families import Family
 from codiemb_jax.checkpoints.folder import ModelFolder, prefix_errors
 from codiemb_jax.checkpoints.huggingface import HUB_FILES, HuggingFaceFolder
-from codiemb_jax.checkpoints.orbax import REQUIRED_ITEMS, OrbaxCheckpoint, is_checkpoint, saved_steps
+from codiemb_jax.checkpoints.orbax import REQUIRED_ITEMS, OrbaxCheckpoint, is_checkpoint
+from codiemb_jax.checkpoints.run_checkpoints import saved_steps
 from codiemb_jax.checkpoints.safetensors import LazyArray
 from codiemb_jax.config import ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError, format_problems, shorten

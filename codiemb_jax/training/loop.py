@@ -15,7 +15,7 @@ from codiemb_jax.cache import shown
 from codiemb_jax.checkpoints.export import write_export
 from codiemb_jax.checkpoints.hub import create_repository, upload_export
 from codiemb_jax.checkpoints.model import PretrainedModel
-from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_params, restore_passthrough, restore_run
+from codiemb_jax.checkpoints.run_checkpoints import RunCheckpoints, restore_params, restore_passthrough, restore_run
 from codiemb_jax.config import CheckpointSettings, Settings
 from codiemb_jax.data.loader import batches
 from codiemb_jax.distributed import exchange, first_value, is_first_process, log_console, preemption, to_host

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 
-from codiemb_jax.checkpoints.orbax import saved_steps
+from codiemb_jax.checkpoints.run_checkpoints import saved_steps
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.distributed import first_value, is_first_process
 from codiemb_jax.errors import UserError

@@ -18,7 +18,8 @@ import jax
 import yaml
 from filelock import FileLock, Timeout
 
-from codiemb_jax.checkpoints.orbax import is_checkpoint, saved_steps
+from codiemb_jax.checkpoints.orbax import is_checkpoint
+from codiemb_jax.checkpoints.run_checkpoints import saved_steps
 from codiemb_jax.config import Settings
 from codiemb_jax.config_file import read_values
 from codiemb_jax.distributed import first_value, is_first_process

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from codiemb_jax.checkpoints import orbax
+from codiemb_jax.checkpoints.manifest import digest
 from codiemb_jax.checkpoints.model import open_checkpoint, open_folder, open_model, open_with_stored_settings
-from codiemb_jax.checkpoints.orbax import RunCheckpoints, restore_run
+from codiemb_jax.checkpoints.run_checkpoints import RunCheckpoints, restore_run
 from codiemb_jax.config import MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.errors import UserError
 from codiemb_jax.sharding import make_mesh
@@ -67,7 +67,7 @@ def rewrite_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], None])
     manifest = json.loads(path.read_text())
     del manifest["digest"]
     change(manifest)
-    path.write_text(json.dumps(manifest | {"digest": orbax._digest(manifest)}))
+    path.write_text(json.dumps(manifest | {"digest": digest(manifest)}))
 
 
 def paths_in(value: Any, depth: int = 2) -> Iterator[tuple[str, ...]]:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from codiemb_jax.checkpoints.orbax import RunCheckpoints, saved_steps
+from codiemb_jax.checkpoints.run_checkpoints import RunCheckpoints, saved_steps
 from codiemb_jax.config import EvaluationSettings, Settings
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from codiemb_jax.checkpoints.orbax import saved_steps
+from codiemb_jax.checkpoints.run_checkpoints import saved_steps
 from codiemb_jax.config import Settings
 from codiemb_jax.errors import UserError
 from codiemb_jax.training.loop import train
