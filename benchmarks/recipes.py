@@ -136,7 +136,7 @@ def main() -> None:
                 raise SystemExit(f"{case.recipe} on {case.topology}: {error}") from error
         for result in found:
             add_row(table, result)
-        if options.json:  # after every case, because all of them take an hour
+        if options.json:  # after every case, because all of them take hours
             options.json.write_text(json.dumps(results, indent=2) + "\n")
     console.print(table)
 
