@@ -137,6 +137,27 @@ def test_checkpoint_of_two_processes_continues_in_one(devices, flags, single, go
 
 
 @pytest.mark.slow
+def test_all_processes_stop_early_and_keep_the_same_checkpoint(single, golden, tmp_path):
+    """The weights hardly change, so no evaluation is better than the first."""
+    folder, config, _ = single
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    flags = {
+        "optimizer.learning_rate": "1e-12", "optimizer.warmup_steps": "0", "evaluation.ir": f"{golden}/data/news.jsonl",
+        "evaluation.every_steps": "2", "evaluation.patience": "2",
+    }  # fmt: skip
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    with Processes(tmp_path, config, "run", 2, 1, *arguments) as run:
+        first, second = run.finish()
+    assert "stopped after 6 steps: no improvement in 2 evaluations" in first
+    assert "taking the best checkpoint, that after 2 steps" in first
+    assert "stopped" not in second
+    lines = read_metrics(run.output)
+    assert [line["step"] for line in lines if "evaluation" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "evaluation" not in line] == list(range(6))
+    assert json.loads((run.output / "evaluation.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
 def test_failed_process_stops_the_others_with_its_reason(single, tmp_path):
     _, config, _ = single
     broken = tmp_path / "settings.yaml"
