@@ -60,6 +60,11 @@ class ConversionReport(NamedTuple):
     """By name of the file."""
 
 
+def is_beir(source: Path) -> bool:
+    """Whether a folder has the format of BEIR."""
+    return (source / CORPUS).is_file()
+
+
 def convert(source: Path, folder: Path, settings: ConversionSettings) -> ConversionReport:
     """Writes the examples of a table or BEIR folder to train.jsonl and, if wanted, heldout.jsonl.
 
@@ -74,9 +79,7 @@ def convert(source: Path, folder: Path, settings: ConversionSettings) -> Convers
     Raises:
       UserError: If the source is invalid, or there is no example for one of the files.
     """
-    if (source / CORPUS).is_file():
-        if settings.task == "sts":
-            raise UserError(f"{shown(source)}: a BEIR folder has retrieval data; leave out --score")
+    if is_beir(source):
         examples, rows = _read_beir(source, settings.split)
     elif settings.task == "ir":
         examples, rows = _read_ir(source, settings)

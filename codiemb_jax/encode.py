@@ -10,7 +10,7 @@ from pathlib import Path
 
 from codiemb_jax.errors import UserError
 from codiemb_jax.files import check_new_file
-from codiemb_jax.program import Parser, loading_modules, path_argument, positive_argument, run_program
+from codiemb_jax.program import Parser, loading_modules, path_argument, positive_argument, run_program, text_argument
 
 ENDINGS = (".npy", ".parquet")
 
@@ -32,7 +32,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         default="document",
         help="which prompt of the model to use (default: document)",
     )
-    add("--instruction", metavar="TEXT", help="task instruction of the queries, for checkpoints and exports")
+    add(
+        "--instruction",
+        type=text_argument,
+        metavar="TEXT",
+        help="task instruction of the queries, for checkpoints and exports",
+    )
     add("--dim", type=positive_argument, metavar="N", help="keep the first N dimensions, normalized again")
     add(
         "--precision",

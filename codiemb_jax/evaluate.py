@@ -13,8 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.files import check_new_file, is_unicode
-from codiemb_jax.program import Parser, loading_modules, path_argument, positive_argument, run_program
+from codiemb_jax.files import check_new_file
+from codiemb_jax.program import (
+    Parser,
+    loading_modules,
+    path_argument,
+    positive_argument,
+    run_program,
+    text_argument,
+)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_jax.evaluate") -> None:
@@ -42,9 +49,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     )
     add("--mteb_results", type=path_argument, metavar="DIR", help="keep MTEB's results here, and continue from them")
     add("--output", type=path_argument, metavar="FILE", help="the .json file to write")
-    add("--instruction", metavar="TEXT", help="task instruction of all queries, instead of those in the data")
+    add(
+        "--instruction",
+        type=text_argument,
+        metavar="TEXT",
+        help="task instruction of all queries, instead of those in the data",
+    )
     add(
         "--query_prompt",
+        type=text_argument,
         metavar="TEXT",
         help="whole prompt of queries, instead of the model's; {instruction} is replaced by the task instruction",
     )
@@ -62,9 +75,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         raise UserError("--mteb_results has no effect without --mteb")
     if options.mteb and options.max_tokens:
         raise UserError("--max_tokens does not apply to --mteb, which uses the model's maximum; leave it out")
-    for flag in ("instruction", "query_prompt"):
-        if not is_unicode(text := getattr(options, flag)):
-            raise UserError(f"--{flag} {ascii(text)}: is not valid UTF-8")
     if options.output:
         check_new_file(options.output, ".json")
 
@@ -105,17 +115,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
             soft_wrap=True,
             markup=False,
         )
-    results: dict[str, dict[str, float]] = {}
-    for data in held_out:
-        results.setdefault(data.name, {}).update(data.score(embedder, options.batch_size))
-    if texts.truncated:
-        console.print(
-            f"warning: {texts.truncated:,} texts have more than {max_tokens} tokens and were truncated", soft_wrap=True
-        )
-    content: dict[str, Any] = {"model": options.model, "results": results}
-    if results:
-        print_table(results)
-    if options.mteb:
+    content: dict[str, Any] = {"model": options.model, "results": {}}
+    if options.mteb:  # first, because its data sets may turn out to be unavailable
         mteb_results = run_mteb(
             embedder,
             names,
@@ -128,6 +129,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         table, means = mteb_table(mteb_results)
         Console().print(table)
         content["mteb"] = {"tasks": {score.task: score.value for score in mteb_results.scores}, "means": means}
+    results: dict[str, dict[str, float]] = content["results"]
+    for data in held_out:
+        results.setdefault(data.name, {}).update(data.score(embedder, options.batch_size))
+    if texts.truncated:
+        console.print(
+            f"warning: {texts.truncated:,} texts have more than {max_tokens} tokens and were truncated", soft_wrap=True
+        )
+    if results:
+        print_table(results)
     if options.output:
         check_new_file(options.output, ".json")
         try:

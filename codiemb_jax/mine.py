@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from codiemb_jax.errors import UserError
 from codiemb_jax.files import check_new_file
 from codiemb_jax.program import (
     Parser,
@@ -18,6 +19,7 @@ from codiemb_jax.program import (
     path_argument,
     positive_argument,
     run_program,
+    text_argument,
 )
 
 if TYPE_CHECKING:
@@ -65,10 +67,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         default="top",
         help="choose the nearest of the remaining texts, or random ones (default: top)",
     )
-    add("--seed", type=count_argument, default=0, metavar="N", help="seed of --sampling random (default: 0)")
+    add("--seed", type=count_argument, metavar="N", help="seed of --sampling random (default: 0)")
     add("--scores", action="store_true", help="write the cosines as positive_scores and negative_scores")
     add(
         "--instruction",
+        type=text_argument,
         metavar="TEXT",
         help="task instruction of all queries for this search, instead of those in the data",
     )
@@ -76,6 +79,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
     add("--keep_negatives", action="store_true", help="add to the negatives in the data instead of replacing them")
     options = parser.parse_args(arguments)
     check_new_file(options.output, ".jsonl", ".json")
+    if options.seed is None:
+        options.seed = 0
+    elif options.sampling != "random":
+        raise UserError("--seed has no effect without --sampling random")
 
     with loading_modules():
         from codiemb_jax.compilation import use_compilation_cache

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from codiemb_jax.errors import UserError, shorten
-from codiemb_jax.files import local_path
+from codiemb_jax.files import is_unicode, local_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +33,13 @@ def path_argument(text: str) -> Path:
         return local_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{shorten(text)}: {error}") from error
+
+
+def text_argument(text: str) -> str:
+    """Parses the value of a flag that is a text."""
+    if not is_unicode(text):
+        raise argparse.ArgumentTypeError(f"{ascii(text)}: is not valid UTF-8")
+    return text
 
 
 def positive_argument(text: str) -> int:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         from codiemb_jax.compilation import use_compilation_cache
         from codiemb_jax.distributed import connected, is_first_process, log_console
         from codiemb_jax.embedder import Embedder
-        from codiemb_jax.evaluation.held_out import evaluate, metric_names, read_held_out
+        from codiemb_jax.evaluation.held_out import evaluate, held_out_digest, read_held_out
         from codiemb_jax.training.loop import Preempted, train
         from codiemb_jax.training.run import open_run, open_training_model
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         use_compilation_cache()
         try:
             before, after = train(
-                run, lambda params: evaluate(embedder.with_params(params), held_out), metric_names(held_out)
+                run, lambda params: evaluate(embedder.with_params(params), held_out), held_out_digest(held_out)
             )
         except Preempted:
             log_console().print("stopped by SIGTERM; run the same command again to continue")

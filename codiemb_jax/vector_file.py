@@ -68,8 +68,8 @@ class VectorFile:
         done, checksum = found.get("done"), found.get("checksum")
         if found.get("inputs") != self._inputs or type(done) is not int or not 0 < done <= count:
             raise UserError(
-                f"{self._state.parent} is left from an interrupted run with other texts, settings or another model; "
-                "run the same command to finish it, or remove the folder"
+                f"{self._state.parent} is left from an interrupted run with other texts or settings, or with a model "
+                "whose files have changed since; finish that one with its own command, or remove the folder"
             )
         return done, checksum
 

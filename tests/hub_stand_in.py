@@ -16,8 +16,10 @@ class Hub:
         self.address = ""
         self.created: list[dict[str, Any]] = []
         """The requests that created repositories."""
-        self.commits: list[dict[str, bytes]] = []
-        """The files of each commit."""
+        self.commits: list[dict[str, bytes | None]] = []
+        """The files of each commit. A file that it deletes is None."""
+        self.files: list[str] = []
+        """The files in the repository before."""
         self.refuse: str | None = None
         """Requests whose path ends with this are refused."""
 
@@ -37,7 +39,10 @@ class Hub:
         if "/commit/" in path:
             entries = [json.loads(line) for line in body.splitlines()]
             files = [entry["value"] for entry in entries if entry["key"] == "file"]
-            self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
+            deleted = [entry["value"]["path"] for entry in entries if entry["key"] == "deletedFile"]
+            self.commits.append(
+                {file["path"]: base64.b64decode(file["content"]) for file in files} | dict.fromkeys(deleted)
+            )
             name = path.removeprefix("/api/models/").partition("/commit/")[0]
             return 200, {"commitUrl": f"{self.address}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40}
         return 404, {"error": f"{path} is unknown"}
@@ -49,8 +54,16 @@ def running_hub() -> Iterator[Hub]:
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "/tree/main" in self.path:
+                self.send(200, [{"type": "file", "path": name, "oid": "0" * 40, "size": 1} for name in hub.files])
+            else:
+                self.send(404, {"error": f"{self.path} is unknown"})
+
         def do_POST(self) -> None:
-            status, content = hub.answer(self.path, self.rfile.read(int(self.headers["Content-Length"])))
+            self.send(*hub.answer(self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def send(self, status: int, content: Any) -> None:
             data = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

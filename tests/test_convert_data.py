@@ -154,8 +154,9 @@ def test_beir_folders(tmp_path):
     assert [line["query"][2] for line in found] == ["who wrote Emma"]
     with pytest.raises(UserError, match="no split 'dev', found test.tsv, train.tsv"):
         convert(folder, tmp_path / "dev", "--split", "dev")
-    with pytest.raises(UserError, match="a BEIR folder has retrieval data"):
-        convert(folder, tmp_path / "sts", "--score", "score")
+    for flag in ("query", "positive", "negative", "score"):
+        with pytest.raises(UserError, match=f"--{flag}: {folder} is a BEIR folder, which has no such columns"):
+            convert(folder, tmp_path / flag, f"--{flag}", "text")
 
 
 def test_held_out_queries_are_a_random_share_of_all(tmp_path):
@@ -277,6 +278,9 @@ def test_beir_queries_with_the_same_text_become_one_example(tmp_path):
         (["--score", ""], "--score: give the name of a column"),
         (["--negative", "negative", ""], "--negative: give the name of a column"),
         (["--max_score", "5"], "--max_score has no effect without --score"),
+        (["--split", "test"], "--split has no effect for a file"),
+        (["--seed", "1"], "--seed has no effect without --held_out"),
+        (["--instruction", "\udcff"], "--instruction: '.udcff': is not valid UTF-8"),
         (["--input", "x" * 300], "cannot be read: File name too long"),
     ],
 )

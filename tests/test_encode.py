@@ -90,7 +90,7 @@ def test_interrupted_run_continues_without_a_gap_or_a_double(texts, tmp_path, mo
     partial = tmp_path / ".o.npy.partial"
     with (partial / "vectors.npy").open("ab") as file:
         file.write(b"half a row")  # written, but not recorded
-    with pytest.raises(UserError, match="left from an interrupted run with other texts, settings or another model"):
+    with pytest.raises(UserError, match="left from an interrupted run with other texts or settings"):
         encode(tmp_path, "o.npy", "--dim", "16")
     rest = []
     monkeypatch.setattr(encoding, "_embed", lambda *args: (rest.append(len(args[1])), embed(*args))[1])
@@ -140,6 +140,7 @@ FLAGS = {
     "--dim 12 binary": (("--dim", "12", "--precision", "binary"), "give a multiple of 8"),
     "--dim 0": (("--dim", "0"), "expected an integer from 1"),
     "instruction": (("--instruction", "x"), "add --kind query"),
+    "bytes": (("--instruction", "\udcff", "--kind", "query"), "--instruction: '.udcff': is not valid UTF-8"),
 }
 
 

@@ -242,7 +242,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "number": (["--ir", IR, "--batch_size", "0"], "--batch_size: '0': expected an integer from 1"),
     "begin": (["--ir", IR, "--query_prompt", "Query: "], "query prompt 'Query: ': must start with '<s>'"),
     "unused": (["--ir", IR, "--query_prompt", "<s>", "--instruction", "x"], "the query prompt has no placeholder"),
-    "bytes": (["--ir", IR, "--instruction", "\udcff"], "--instruction '.udcff': is not valid UTF-8"),
+    "bytes": (["--ir", IR, "--instruction", "\udcff"], "--instruction: '.udcff': is not valid UTF-8"),
     "remote": (["--ir", "s3://bucket/data"], "this address is not supported"),
 }  # fmt: skip
 

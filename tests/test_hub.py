@@ -45,8 +45,13 @@ def test_export_is_uploaded_if_asked(golden, tmp_path):
         assert done.returncode == 0, done.stderr
         assert [(entry["name"], entry["organization"], entry["visibility"]) for entry in hub.created] == [
             ("faq-model", "me", "private")
-        ] * 2  # before each upload
+        ] * 2  # at each start
         assert hub.commits == [read_files(export)]
+        hub.files = ["README.md", "model-00001-of-00002.safetensors", "model.safetensors", "onnx/model.safetensors"]
+        done = train(hub, golden, tmp_path, "--push_to_hub", "me/faq-model")
+        assert done.returncode == 0, done.stderr
+        # The weights of an earlier model would be loaded as well, or instead.
+        assert hub.commits[1] == read_files(export) | {"model-00001-of-00002.safetensors": None}
 
 
 def test_refused_repository_ends_the_run_before_it_starts(golden, tmp_path):

@@ -134,6 +134,8 @@ def test_instruction_for_a_model_without_placeholder_raises_user_error(tmp_path)
         (["--margin", "nan"], "--margin: 'nan': expected a finite number"),
         (["--max_score", "1e999"], "--max_score: '1e999': expected a finite number"),
         (["--sampling", "best"], "invalid choice: 'best'"),
+        (["--seed", "1"], "--seed has no effect without --sampling random"),
+        (["--instruction", "\udcff"], "--instruction: '.udcff': is not valid UTF-8"),
         (["--range", "3"], "unrecognized arguments: --range 3"),
         (["--corpus", "absent.txt"], "--corpus absent.txt: cannot be read"),
         (["--corpus", "\udcff.txt"], "--corpus .*: the name is not valid UTF-8"),

@@ -20,7 +20,7 @@ from gcsfs import GCSFileSystem
 
 from codiemb_jax.cache import cache_folder, remote_cache
 from codiemb_jax.checkpoints.model import resolve_model_path
-from codiemb_jax.checkpoints.orbax import missing_items
+from codiemb_jax.checkpoints.orbax import is_checkpoint, missing_items
 from codiemb_jax.checkpoints.run_checkpoints import saved_steps
 from codiemb_jax.data.find import dataset_names, find_files
 from codiemb_jax.data.prepare import prepare
@@ -30,6 +30,7 @@ from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.training.monitor import publish_after_failure
 from codiemb_jax.training.remote_folder import open_run_folder
 from codiemb_jax.training.run import check_cache
+from convert.hf_to_orbax import main as hf_to_orbax
 from tests import test_distributed
 from tests.data.test_prepare import LIMITS, PROMPT, write_ir
 from tests.helpers import load_weights
@@ -317,15 +318,30 @@ def test_model_files_are_copied_but_no_other_weights(storage, tmp_path, monkeypa
     folder = resolve_model_path("gs://bucket/model")
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == wanted
     storage.put("run/config.yaml", b"")
-    storage.put("steps/12/_CHECKPOINT_METADATA", b"")
+    for step in ("900", "1000"):
+        storage.put(f"steps/{step}/_CHECKPOINT_METADATA", b"")
     for name, problem in {
         "other": "no such folder, or it is empty",
         "run": "is a run without an export; give one of its checkpoints",
-        "steps": "contains no model; give a checkpoint, for example gs://bucket/steps/12",
-        "steps/12": "the checkpoint is incomplete",
+        "steps": "contains no model; give a checkpoint, for example gs://bucket/steps/1000",
+        "steps/1000": r"the checkpoint is incomplete \(blueprint, params missing\)",
     }.items():
         with pytest.raises(UserError, match=f"gs://bucket/{name}:? {problem}"):
             resolve_model_path(f"gs://bucket/{name}")
+
+
+def test_converted_checkpoint_may_be_copied_to_a_bucket(storage, golden, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / "cache"))
+    local = tmp_path / "orbax"
+    hf_to_orbax(["--model", str(golden / "youtu_tiny"), "--output", str(local)])
+    files = {path.relative_to(local).as_posix(): path.read_bytes() for path in local.rglob("*") if path.is_file()}
+    for name, content in files.items():
+        storage.put(f"tiny-orbax/{name}", content)
+    folder = resolve_model_path("gs://bucket/tiny-orbax")
+    assert {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    } == files
+    assert is_checkpoint(folder)
 
 
 def test_without_gcsfs_the_error_says_what_to_install(tmp_path):

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from codiemb_jax.errors import UserError
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+"""Files of weights. An older one of the first name would be loaded instead of new ones of the others."""
+
 
 def create_repository(name: str) -> None:
     """Creates a private repository OWNER/NAME, unless it exists.
@@ -20,9 +23,9 @@ def create_repository(name: str) -> None:
 
 
 def upload_export(export: Path, name: str, shown: str) -> None:
-    """Uploads all files of an export to a repository, which is created if necessary, in one commit.
+    """Uploads all files of an export to a repository, in one commit.
 
-    Other files there stay.
+    Weights there that the export does not replace are deleted, other files stay.
 
     Args:
       export: The export.
@@ -34,10 +37,11 @@ def upload_export(export: Path, name: str, shown: str) -> None:
     """
     from huggingface_hub import HfApi
 
-    create_repository(name)
     fix = f"{shown} is complete; run the same command again to upload it"
     with _hub_errors(f"push_to_hub: {name} cannot be written", fix):
-        HfApi().upload_folder(repo_id=name, folder_path=export, commit_message="Upload model")
+        HfApi().upload_folder(
+            repo_id=name, folder_path=export, commit_message="Upload model", delete_patterns=list(WEIGHTS)
+        )
 
 
 @contextmanager

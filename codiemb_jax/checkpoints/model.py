@@ -243,14 +243,15 @@ def _fetch(path: epath.Path) -> Path:
         if not files:
             raise UserError(f"{path.parent} is a run without an export; give one of its checkpoints")
     if REQUIRED_ITEMS[0] in files:
-        if not is_checkpoint(path):
-            raise UserError(f"{path}: the checkpoint is incomplete")
+        if missing := [name for name in REQUIRED_ITEMS if not any(file.startswith(name) for file in files)]:
+            raise UserError(f"{path}: the checkpoint is incomplete ({', '.join(missing)} missing)")
         wanted = {name: file for name, file in files.items() if not name.startswith("optimizer/")}
     else:
         wanted = {name: file for name, file in files.items() if _is_model_file(name)}
         if not wanted:
-            checkpoints = sorted(name.partition("/")[0] for name in files if name.endswith(f"/{REQUIRED_ITEMS[0]}"))
-            hint = f"; give a checkpoint, for example {path / checkpoints[-1]}" if checkpoints else ""
+            checkpoints = [name.rpartition("/")[0] for name in files if name.endswith(f"/{REQUIRED_ITEMS[0]}")]
+            newest = max(checkpoints, key=lambda name: (len(name), name), default=None)  # names are numbers
+            hint = f"; give a checkpoint, for example {path / newest}" if newest else ""
             raise UserError(f"{path}: contains no model{hint}")
     return fetch(path, wanted, cache_folder())
 

@@ -4,20 +4,24 @@ Similarities are cosines. In an IR file, each query ranks all passages of the fi
 the one with the query's own id, as in BEIR.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
-from codiemb_jax.cache import shown
+from codiemb_jax.cache import cache_folder, shown
 from codiemb_jax.config import EvaluationSettings
+from codiemb_jax.data.digest import file_digest
 from codiemb_jax.data.find import dataset_names, find_files
 from codiemb_jax.distributed import log_console
 from codiemb_jax.embedder import Embedder, TextTokenizer, count_truncated, default_prompt, unit_vectors
 from codiemb_jax.errors import UserError, format_problems, shorten
-from codiemb_jax.evaluation.beir import QUERIES, BeirFolder, find_folders, read_folder
+from codiemb_jax.evaluation.beir import CORPUS, QUERIES, BeirFolder, find_folders, read_folder
 from codiemb_jax.evaluation.metrics import CORRELATIONS, CUT, MEASURES, retrieval_metrics, similarity_metrics
 from codiemb_jax.evaluation.search import VECTORS_PER_BLOCK, TopK, search
 from codiemb_jax.remote import Location
@@ -184,6 +188,11 @@ class HeldOutIR:
         relevant = [{str(j): 1 for j in found} for found in self.relevant]
         return retrieval_metrics(relevant, *search(queries, blocks, CUT), [str(j) for j in order])
 
+    @property
+    def digest(self) -> str:
+        """Digest of the data."""
+        return _digest(self.queries, self.passages, [sorted(found) for found in self.relevant])
+
 
 @dataclass(frozen=True)
 class HeldOutBeir:
@@ -217,6 +226,12 @@ class HeldOutBeir:
                 progress.update(task, completed=len(names))
         return retrieval_metrics(self.folder.relevant, *top.result(), names)
 
+    @property
+    def digest(self) -> str:
+        """Digest of the data."""
+        corpus = file_digest(self.folder.path / CORPUS, cache_folder())
+        return _digest(self.queries, [], [self.folder.relevant, corpus])
+
 
 @dataclass(frozen=True)
 class HeldOutSTS:
@@ -231,6 +246,20 @@ class HeldOutSTS:
         """Returns the correlations between cosine similarities and scores."""
         first, second = (_unit_embeddings(embedder, texts, batch_size) for texts in (self.first, self.second))
         return similarity_metrics(np.sum(first * second, axis=1), self.scores)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the data."""
+        return _digest(self.first, self.second, self.scores)
+
+
+def _digest(first: Sequence[Tokens], second: Sequence[Tokens], rest: Any) -> str:
+    digest = hashlib.sha256(json.dumps(rest).encode())
+    for texts in (first, second):
+        digest.update(np.array([text.ids.size for text in texts], np.int64).tobytes())
+        for text in texts:
+            digest.update(text.ids.tobytes())
+    return digest.hexdigest()
 
 
 def _unit_embeddings(
@@ -283,6 +312,12 @@ def metric_names(held_out: Sequence[HeldOut]) -> list[str]:
         for data in held_out
         for name in (CORRELATIONS if isinstance(data, HeldOutSTS) else MEASURES)
     ]
+
+
+def held_out_digest(held_out: Sequence[HeldOut]) -> str:
+    """Returns a digest by which a change of held-out data is noticed."""
+    parts = [[type(data).__name__, data.name, data.digest] for data in held_out]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def read_files(

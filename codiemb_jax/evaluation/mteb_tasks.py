@@ -390,8 +390,8 @@ def _fingerprint(
     embedder: Embedder, query_prompt: str | None, instructions: Mapping[str, str] | None, version: str
 ) -> str:
     """Returns a digest of everything but the data that results depend on. Equal weights give equal embeddings."""
-    prompts = json.dumps([embedder.prompts, query_prompt, dict(instructions or {}), version], sort_keys=True)
-    digest = hashlib.sha256(prompts.encode())
+    settings = [embedder.prompts, embedder.max_seq_length, query_prompt, dict(instructions or {}), version]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(embedder.encode_query(_PROBES).tobytes())
     return digest.hexdigest()[:16]
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from codiemb_jax.data.sampler import StepPlan
 from codiemb_jax.errors import UserError
 from codiemb_jax.files import write_atomically
-from codiemb_jax.training.run_folder import HeldOutMetrics, is_metrics
+from codiemb_jax.training.run_folder import is_metrics
 from codiemb_jax.training.selection import Evaluation
 from codiemb_jax.training.trackers import Tracker
 
@@ -108,8 +108,8 @@ class MetricsLog:
           seconds: How long it took.
           description: What to show about it.
         """
-        step, metrics = evaluation
-        self._file.write(json.dumps({"step": step, "evaluation": metrics, "seconds": seconds}) + "\n")
+        line = {"step": evaluation.step, "evaluation": evaluation.metrics, "data": evaluation.data, "seconds": seconds}
+        self._file.write(json.dumps(line) + "\n")
         self.track_evaluation(evaluation)
         self._console.print(description, soft_wrap=True, markup=False, highlight=False)
 
@@ -159,9 +159,9 @@ def truncate_metrics(path: Path, done: int, shown: str) -> list[Evaluation]:
     evaluations: list[Evaluation] = []
     steps = 0
     for line in lines:
-        metrics = _metrics_of(line, steps)
-        if metrics is not None:
-            evaluations.append(Evaluation(steps, metrics))
+        evaluation = _evaluation_of(line, steps)
+        if evaluation is not None:
+            evaluations.append(evaluation)
         elif steps < done and _is_line_of(line, steps):
             steps += 1
         else:
@@ -181,13 +181,15 @@ def _is_line_of(line: bytes, step: int) -> bool:
     return values.get("step") == step and "evaluation" not in values
 
 
-def _metrics_of(line: bytes, step: int) -> HeldOutMetrics | None:
-    """Returns the metrics of a complete line of the evaluation after `step` steps, None of any other line."""
+def _evaluation_of(line: bytes, step: int) -> Evaluation | None:
+    """Returns the evaluation of a complete line of that after `step` steps, None for any other line."""
     if b'"evaluation"' not in line:
         return None
     values = _parse(line)
-    metrics = values.get("evaluation")
-    return metrics if values.get("step") == step and is_metrics(metrics) else None
+    metrics, data = values.get("evaluation"), values.get("data")
+    if values.get("step") == step and is_metrics(metrics) and isinstance(data, str):
+        return Evaluation(step, metrics, data)
+    return None
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Runs training from the first step to the export."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
@@ -18,7 +18,15 @@ from codiemb_jax.checkpoints.model import PretrainedModel
 from codiemb_jax.checkpoints.run_checkpoints import RunCheckpoints, restore_params, restore_passthrough, restore_run
 from codiemb_jax.config import CheckpointSettings, Settings
 from codiemb_jax.data.loader import batches
-from codiemb_jax.distributed import exchange, first_value, is_first_process, log_console, preemption, to_host
+from codiemb_jax.distributed import (
+    check_same,
+    exchange,
+    first_value,
+    is_first_process,
+    log_console,
+    preemption,
+    to_host,
+)
 from codiemb_jax.models.build import Params
 from codiemb_jax.sharding import replicate, row_sharding
 from codiemb_jax.training.finite import check_weights
@@ -37,13 +45,13 @@ class Preempted(Exception):
     """The run was asked to stop, and its state has been saved."""
 
 
-def train(run: Run, evaluate: Evaluate, metrics: Collection[str] = ()) -> tuple[HeldOutMetrics, HeldOutMetrics]:
+def train(run: Run, evaluate: Evaluate, data: str) -> tuple[HeldOutMetrics, HeldOutMetrics]:
     """Trains or resumes a run and exports the model.
 
     Args:
       run: The run.
       evaluate: Computes the held-out metrics of parameters.
-      metrics: The names of these metrics.
+      data: Digest of the held-out data.
 
     Returns:
       The held-out metrics before training, in the first process, and of the exported model.
@@ -53,9 +61,10 @@ def train(run: Run, evaluate: Evaluate, metrics: Collection[str] = ()) -> tuple[
       Preempted: If a process has received SIGTERM.
     """
     settings, model, folder = run.setup.settings, run.setup.model, run.folder
+    check_same({"held-out data": data}, "start all of them with the same held-out data")
     with jax.set_mesh(run.setup.mesh), folder.write_errors(), ExitStack() as stack:
         done = first_value(folder.done)
-        if settings.push_to_hub and not done and is_first_process():
+        if settings.push_to_hub and is_first_process():
             create_repository(settings.push_to_hub)  # up front, so that missing permissions show before training
         if done:  # takes all weights from the checkpoint, because the model's folder may have changed
             initial, passthrough = None, restore_passthrough(folder.checkpoints, done)
@@ -77,7 +86,7 @@ def train(run: Run, evaluate: Evaluate, metrics: Collection[str] = ()) -> tuple[
             untrained = evaluate(initial)
             if is_first_process():
                 folder.write_before(untrained)
-        with monitored(run, done, evaluate, metrics) as monitor:
+        with monitored(run, done, evaluate, data) as monitor:
             params, done = run_steps(run, initial, passthrough, done, monitor)
         after = monitor.selection.metrics_after(done)
         if after is None:
@@ -134,6 +143,10 @@ def run_steps(
         checkpoints = stack.enter_context(
             closing(RunCheckpoints(folder.checkpoints, settings.checkpoint.keep, selection.kept))
         )
+
+        def save() -> None:
+            checkpoints.save(done, state.params, state.opt_state, passthrough, model.blueprint)
+
         if selection.is_due(done):  # the run was stopped before this evaluation
             monitor.evaluate(state.params, done)
             monitor.flush()
@@ -149,7 +162,6 @@ def run_steps(
             if due or evaluating or preempted:
                 monitor.finish()
                 check_weights(state.params, done)
-                save = partial(checkpoints.save, done, state.params, state.opt_state, passthrough, model.blueprint)
                 if due or preempted:
                     monitor.flush()  # the lines of all steps before a checkpoint must be on disk before it
                     save()

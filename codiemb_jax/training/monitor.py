@@ -1,7 +1,7 @@
 """Monitors a run: logs its steps, evaluates it, and stops it if something goes wrong."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 
@@ -33,7 +33,7 @@ class RunMonitor:
         log: MetricsLog | None,
         earlier: Sequence[Evaluation],
         evaluate: Evaluate,
-        names: Collection[str],
+        data: str,
     ):
         """Takes over the state of earlier starts.
 
@@ -42,18 +42,18 @@ class RunMonitor:
           log: The log, in the first process.
           earlier: The evaluations so far, in the first process.
           evaluate: Computes the held-out metrics of parameters.
-          names: The names of these metrics.
+          data: Digest of the held-out data.
 
         Raises:
           UserError: If earlier evaluations were on other data.
         """
         settings, self._folder = run.setup.settings, run.folder
-        self._log, self._evaluate = log, evaluate
+        self._log, self._evaluate, self._data = log, evaluate, data
         skipped = first_value(count_skipped(self._folder.metrics) if log else 0)
         self._non_finite = NonFiniteSteps(settings, run.names, skipped)
         evaluations = [Evaluation(*found) for found in first_value(list(earlier))]
         saved = first_value(saved_steps(self._folder.checkpoints) if log else [])
-        self.selection = Selection(settings.evaluation, run.steps, evaluations, names, saved)
+        self.selection = Selection(settings.evaluation, run.steps, evaluations, data, saved)
         self._pending: tuple[StepPlan, Metrics] | None = None
 
     def add(self, plan: StepPlan, metrics: Metrics) -> None:
@@ -83,7 +83,7 @@ class RunMonitor:
         start = time.perf_counter()
         with self._log.paused() if self._log else nullcontext():
             metrics = first_value(self._evaluate(params))  # in other processes, the last bits may differ
-        evaluation = Evaluation(done, metrics)
+        evaluation = Evaluation(done, metrics, self._data)
         self.selection.add(evaluation)
         if self._log is not None:
             self._log.write_evaluation(evaluation, time.perf_counter() - start, self.selection.describe())
@@ -96,7 +96,7 @@ class RunMonitor:
 
 
 @contextmanager
-def monitored(run: Run, done: int, evaluate: Evaluate, names: Collection[str]) -> Iterator[RunMonitor]:
+def monitored(run: Run, done: int, evaluate: Evaluate, data: str) -> Iterator[RunMonitor]:
     """Monitors a run in this block, after `done` steps. See `RunMonitor`.
 
     Raises:
@@ -115,7 +115,7 @@ def monitored(run: Run, done: int, evaluate: Evaluate, names: Collection[str]) -
             log = stack.enter_context(MetricsLog(folder.metrics, run.names, done, run.steps, trackers))
             if earlier and earlier[-1].step == done:  # TensorBoard discards it
                 log.track_evaluation(earlier[-1])
-        yield RunMonitor(run, log, earlier, evaluate, names)
+        yield RunMonitor(run, log, earlier, evaluate, data)
 
 
 def publish_after_failure(folder: RunFolder, error: type[BaseException] | None, *_: object) -> None:

@@ -19,6 +19,8 @@ class Evaluation(NamedTuple):
     step: int
     """Number of steps done."""
     metrics: HeldOutMetrics
+    data: str
+    """Digest of the held-out data."""
 
 
 class Selection:
@@ -32,7 +34,7 @@ class Selection:
         settings: EvaluationSettings,
         steps: int,
         evaluations: Sequence[Evaluation],
-        names: Collection[str],
+        data: str,
         saved: Collection[int],
     ):
         """Takes over the evaluations of earlier starts of the run.
@@ -41,23 +43,22 @@ class Selection:
           settings: When to evaluate, and how to compare evaluations.
           steps: Number of steps of the whole run.
           evaluations: Evaluations so far, in order.
-          names: The names of the metrics of the evaluations to come.
+          data: Digest of the held-out data of the evaluations to come.
           saved: The steps of the checkpoints so far.
 
         Raises:
-          UserError: If earlier evaluations have other metrics.
+          UserError: If earlier evaluations were on other data.
         """
         self._settings, self._steps = settings, steps
         self._evaluations = list(evaluations) if settings.every_steps else []
-        for step, metrics in self._evaluations:
-            if differing := sorted(set(metrics) ^ set(names)):
+        for evaluation in self._evaluations:
+            if evaluation.data != data:
                 raise UserError(
-                    f"evaluation: metrics.jsonl has an evaluation on other data after {step} steps (it differs in "
-                    f"{', '.join(differing[:5])}); continue with the same held-out data, or start over in another "
-                    "output_dir"
+                    f"evaluation: the held-out data has changed since the evaluation after {evaluation.step} steps; "
+                    "continue with the same data, or start over in another output_dir"
                 )
-        self._scores = [score(metrics, settings.metric) for _, metrics in self._evaluations]
-        self._lost = {step for step, _ in self._evaluations} - set(saved)
+        self._scores = [score(evaluation.metrics, settings.metric) for evaluation in self._evaluations]
+        self._lost = {evaluation.step for evaluation in self._evaluations} - set(saved)
 
     def is_due(self, done: int) -> bool:
         """Whether to evaluate after `done` steps: at the interval of the settings, and after the last one."""
@@ -96,7 +97,7 @@ class Selection:
 
     def metrics_after(self, step: int) -> HeldOutMetrics | None:
         """Returns the metrics after `step` steps, None if they are unknown."""
-        return next((metrics for evaluated, metrics in self._evaluations if evaluated == step), None)
+        return next((evaluation.metrics for evaluation in self._evaluations if evaluation.step == step), None)
 
     def describe(self) -> str:
         """Returns a line about the last evaluation, for the log of a run."""

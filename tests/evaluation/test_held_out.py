@@ -1,6 +1,7 @@
 """Tests of embeddings and held-out metrics against direct computations."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from codiemb_jax.checkpoints.model import open_model
 from codiemb_jax.config import EvaluationSettings, MeshSettings, ModelSettings, PromptSettings
 from codiemb_jax.embedder import Embedder
 from codiemb_jax.errors import UserError
-from codiemb_jax.evaluation.held_out import HeldOutIR, HeldOutTexts, evaluate, read_held_out
+from codiemb_jax.evaluation.held_out import HeldOutIR, HeldOutTexts, evaluate, held_out_digest, read_held_out
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh
@@ -107,6 +108,45 @@ def test_invalid_held_out_data_raise_user_error(text, score, message, tokenizer,
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match=message):
         read_held_out(EvaluationSettings(sts=[path]), tokenizer, LIMIT)
+
+
+def test_digest_changes_with_the_data_and_only_then(golden, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path / "cache"))
+    ir, sts, beir = tmp_path / "ir.jsonl", tmp_path / "sts.jsonl", tmp_path / "beir"
+    shutil.copy(golden / "data" / "news.jsonl", ir)
+    shutil.copy(golden / "data" / "questions.jsonl", sts)
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "corpus.jsonl").write_text('{"_id": "a", "text": "a cat"}\n{"_id": "b", "text": "a dog"}\n')
+    (beir / "queries.jsonl").write_text('{"_id": "q", "text": "which cat"}\n')
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
+
+    def digest() -> str:
+        settings = EvaluationSettings(ir=[ir], sts=[sts], beir=[beir])
+        return held_out_digest(read_held_out(settings, tokenizer, LIMIT))
+
+    original = digest()
+    ir.touch()
+    assert digest() == original
+    records = [json.loads(line) for line in ir.read_text(encoding="utf-8").splitlines()]
+    positive, pair = records[0]["positives"][0][2], json.loads(sts.read_text(encoding="utf-8").splitlines()[0])
+    changes = [
+        (ir, positive, positive + " more"),
+        (ir, records[0]["query"][2], records[0]["query"][2] + " more"),
+        (sts, pair["positives"][0][2], pair["positives"][0][2] + " more"),
+        (sts, f'"positive_scores": {json.dumps(pair["positive_scores"])}', '"positive_scores": [0.123]'),
+        (beir / "corpus.jsonl", "a dog", "a wolf"),
+        (beir / "queries.jsonl", "which cat", "what cat"),
+        (beir / "qrels" / "test.tsv", "q\ta\t1", "q\ta\t2"),
+    ]
+    seen = {original}
+    for path, old, new in changes:
+        content = path.read_text(encoding="utf-8")
+        assert old in content
+        path.write_text(content.replace(old, new, 1), encoding="utf-8")
+        seen.add(digest())
+        path.write_text(content, encoding="utf-8")
+    assert len(seen) == 1 + len(changes)
+    assert digest() == original
 
 
 @pytest.mark.parametrize("passages", [3, 10, 11, 200, 1300])

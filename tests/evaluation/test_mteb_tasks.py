@@ -366,6 +366,9 @@ def test_results_are_kept_for_the_same_model_and_prompts(embedder, tmp_path, mon
             run()
     run(query_prompt=PUBLISHED_QUERY_PROMPT)
     assert len(list(folder.rglob("LocalSTS.json"))) == 2
+    monkeypatch.setattr(Embedder, "max_seq_length", 16)
+    run()
+    assert len(list(folder.rglob("LocalSTS.json"))) == 3
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: cannot be created: "):
         run(results_folder=tmp_path / "file")

@@ -5,6 +5,7 @@ The runs get figures from a script instead of a model's quality, so that the bes
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from codiemb_jax.checkpoints.run_checkpoints import RunCheckpoints, saved_steps
+from codiemb_jax.checkpoints.run_checkpoints import RunCheckpoints, restore_params, saved_steps
 from codiemb_jax.config import EvaluationSettings, Settings
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params
@@ -60,27 +61,27 @@ def test_unknown_score(metric):
 def test_selection_is_that_of_a_plain_loop(figures, patience, keep_best):
     """Scans the figures as one would by hand, and also takes some of them over from an earlier start."""
     settings = EvaluationSettings(sts=["pairs.jsonl"], every_steps=10, patience=patience, keep_best=keep_best)
-    evaluations = [Evaluation(10 * i, {"pairs Spearman": float(value)}) for i, value in enumerate(figures, 1)]
-    names, saved = ["pairs Spearman"], range(0, 10_000, 10)
-    selection = Selection(settings, 10_000, [], names, [])
+    evaluations = [Evaluation(10 * i, {"pairs Spearman": float(value)}, "") for i, value in enumerate(figures, 1)]
+    saved = range(0, 10_000, 10)
+    selection = Selection(settings, 10_000, [], "", [])
     best, best_step, without = -1, None, 0
     for i, evaluation in enumerate(evaluations):
         without += 1
         if figures[i] > best:
             best, best_step, without = figures[i], evaluation.step, 0
         selection.add(evaluation)
-        for seen in (selection, Selection(settings, 10_000, evaluations[: i + 1], names, saved)):
-            assert seen.best == Evaluation(best_step, {"pairs Spearman": float(best)})
+        for seen in (selection, Selection(settings, 10_000, evaluations[: i + 1], "", saved)):
+            assert seen.best == Evaluation(best_step, {"pairs Spearman": float(best)}, "")
             assert seen.kept == (best_step if keep_best else None)
             assert seen.should_stop == (without >= patience)
 
 
 def test_evaluations_are_due_every_so_many_steps_and_after_the_last_one():
-    selection = Selection(EvaluationSettings(sts=["pairs.jsonl"], every_steps=4), 10, [], [], [])
+    selection = Selection(EvaluationSettings(sts=["pairs.jsonl"], every_steps=4), 10, [], "", [])
     assert [done for done in range(11) if selection.is_due(done)] == [4, 8, 10]
-    selection.add(Evaluation(4, {"pairs Spearman": 0.0}))
+    selection.add(Evaluation(4, {"pairs Spearman": 0.0}, ""))
     assert [done for done in range(11) if selection.is_due(done)] == [8, 10]
-    assert not any(Selection(EvaluationSettings(), 10, [], [], []).is_due(done) for done in range(11))
+    assert not any(Selection(EvaluationSettings(), 10, [], "", []).is_due(done) for done in range(11))
 
 
 class Script:
@@ -98,7 +99,6 @@ class Script:
 
 
 STEPS = 12
-NAMES = ["pairs Spearman"]
 FIGURES = [0.1, 0.5, 0.3, 0.5, 0.4, 0.2]
 """The best is the second, after 4 steps; an equally good one comes later."""
 
@@ -145,10 +145,10 @@ def script(whole) -> Script:
 
 
 def start(
-    settings: dict[str, Any], evaluate: Callable[[Params], dict[str, float]], metrics: Sequence[str] = NAMES
+    settings: dict[str, Any], evaluate: Callable[[Params], dict[str, float]], data: str = "held out"
 ) -> list[dict[str, Any]]:
     """Runs training and returns the lines of metrics.jsonl, without times."""
-    train(open_run(open_training_model(Settings.model_validate(settings))), evaluate, metrics)
+    train(open_run(open_training_model(Settings.model_validate(settings))), evaluate, data)
     return lines(Path(settings["output_dir"]))
 
 
@@ -189,6 +189,26 @@ def test_best_checkpoint_is_kept_and_exported(whole):
     assert logged == pytest.approx(evaluations(found), abs=1e-7)
 
 
+def test_state_is_freed_before_the_best_checkpoint_is_restored(settings, script, monkeypatch):
+    """Otherwise, a model that only just fits would not fit at the end."""
+    evaluated: list[weakref.ref[jax.Array]] = []
+
+    def evaluate(params: Params) -> dict[str, float]:
+        evaluated[:] = map(weakref.ref, jax.tree.leaves(params))
+        return script(params)
+
+    freed = []
+
+    def restore(*arguments: Any) -> Params:
+        freed.extend(leaf() is None for leaf in evaluated)
+        return restore_params(*arguments)
+
+    monkeypatch.setattr(loop, "restore_params", restore)
+    start(settings(), evaluate)
+    assert freed
+    assert all(freed)
+
+
 def test_last_checkpoint_is_exported_without_keep_best(settings, script, tmp_path, capsys):
     start(settings(keep_best=False), script)
     assert saved_steps(tmp_path / "run" / "checkpoints") == [12]
@@ -214,8 +234,8 @@ def test_run_stops_early_and_more_patience_continues_it(settings, whole, script,
     calls = script.calls
     assert start(settings(patience=2), script) == found
     assert script.calls == calls
-    with pytest.raises(UserError, match=r"an evaluation on other data after 2 steps \(it differs in more Spearman"):
-        start(settings(patience=2), script, [*NAMES, "more Spearman"])
+    with pytest.raises(UserError, match="the held-out data has changed since the evaluation after 2 steps"):
+        start(settings(patience=2), script, "changed")
     assert start(settings(patience=5), script) == whole.lines
     assert_exported(tmp_path / "run", 4)
 

@@ -79,7 +79,7 @@ def test_run_that_ended_since_the_folder_was_checked_is_not_continued(settings, 
     run(other, tmp_path)
     before = read_files(tmp_path / "run")
     with pytest.raises(UserError, match="another run has written to .*; run the same command again"):
-        train(opened, lambda params: {})
+        train(opened, lambda params: {}, "")
     assert read_files(tmp_path / "run") == before
 
 
