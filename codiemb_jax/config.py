@@ -403,7 +403,8 @@ class Settings(Section):
     """Export a Hugging Face folder to output_dir/export at the end."""
     push_to_hub: Annotated[str, Field(strict=True, max_length=96), AfterValidator(_check_repository)] | None = None
     """Repository OWNER/NAME of the Hugging Face Hub to which the export is uploaded. If there is none, a private one is
-    created at the start. null uploads nothing."""
+    created at the start. Weights of an earlier model there are replaced or deleted, other files stay. null uploads
+    nothing."""
 
     @model_validator(mode="after")
     def _check_export(self) -> "Settings":

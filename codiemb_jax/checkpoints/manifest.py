@@ -21,7 +21,7 @@ DTYPES = {dtype.name for dtype in (*map(np.dtype, "?bhilBHILefd"), np.dtype(jax.
 
 
 def make_manifest(blueprint: Blueprint, arrays: Mapping[str, Arrays], step: int | None) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint. See `OrbaxCheckpoint` for its parts."""
+    """Returns a manifest. `step` is the number of steps after which a run has saved the checkpoint."""
     content = {"blueprint": blueprint.model_dump(mode="json"), "arrays": dict(arrays), "step": step}
     return content | {"digest": digest(content)}
 

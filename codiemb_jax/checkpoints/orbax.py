@@ -128,6 +128,7 @@ class OrbaxCheckpoint(ModelFolder):
 
 
 def absolute(path: Location) -> Location:
+    """Returns a location as Orbax needs it."""
     return path.absolute() if isinstance(path, Path) else path
 
 
@@ -173,7 +174,7 @@ def save_model(folder: Path, params: Params, passthrough: Mapping[str, Any], blu
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
                 checkpointer.save(new / MANIFEST, args=ocp.args.JsonSave(make_manifest(blueprint, arrays, None)))
         except ValueError as error:  # from TensorStore, for example because the disk is full
-            raise UserError(f"{folder}: the checkpoint cannot be written ({library_reason(error)})") from error
+            raise UserError(f"{folder}: the checkpoint cannot be written ({_library_reason(error)})") from error
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -217,7 +218,7 @@ def restore_item(folder: Location, item: str, arrays: Arrays, abstract: Any) -> 
         return jax.ShapeDtypeStruct(leaf.shape, np.dtype(arrays[tree_path(keys)][0]), sharding=leaf.sharding)
 
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(jax.tree_util.tree_map_with_path(stored, abstract))})
-    with readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(absolute(folder), args=args)[item]
     found = describe_tree(restored)
     if mismatched := [path for path in paths if found[path] != arrays[path]]:
@@ -226,7 +227,7 @@ def restore_item(folder: Location, item: str, arrays: Arrays, abstract: Any) -> 
 
 
 def _read_manifest(folder: Location) -> dict[str, Any]:
-    with readable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    with _readable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         manifest = checkpointer.restore(absolute(folder / MANIFEST))
     if not isinstance(manifest, dict) or set(manifest) != MANIFEST_KEYS:
         raise UserError(f"{folder}: was written by another version of codiemb_jax")
@@ -236,6 +237,7 @@ def _read_manifest(folder: Location) -> dict[str, Any]:
 
 
 def damaged(folder: Location, reason: str) -> DamagedCheckpoint:
+    """Returns the error for a damaged checkpoint."""
     return DamagedCheckpoint(f"{folder}: the checkpoint is damaged: {reason}")
 
 
@@ -247,14 +249,14 @@ def writable(folder: Location) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # TensorStore raises ValueError if the disk is full
-        reason = library_reason(error)
+        reason = _library_reason(error)
         raise UserError(
             f"{folder}: the checkpoint cannot be written ({reason}); fix this and run the same command again to "
             "continue from the last complete one"
         ) from error
 
 
-def library_reason(error: Exception) -> str:
+def _library_reason(error: Exception) -> str:
     """Returns the reason in an error of Orbax or TensorStore, and silences those that follow from it."""
     silence_late_errors()
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -263,7 +265,7 @@ def library_reason(error: Exception) -> str:
 
 
 @contextmanager
-def readable(folder: Location) -> Iterator[None]:
+def _readable(folder: Location) -> Iterator[None]:
     """Raises `DamagedCheckpoint` if reading a checkpoint in this block fails."""
     try:
         yield
@@ -274,10 +276,11 @@ def readable(folder: Location) -> Iterator[None]:
     except Exception as error:  # Orbax raises plain Exception for unreadable files
         if "RESOURCE_EXHAUSTED" in str(error):  # out of device memory
             raise
-        raise DamagedCheckpoint(f"{folder}: the checkpoint cannot be read ({library_reason(error)})") from error
+        raise DamagedCheckpoint(f"{folder}: the checkpoint cannot be read ({_library_reason(error)})") from error
 
 
 def silence_late_errors() -> None:
+    """Hides errors of reads and writes that are still pending when another one fails."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if not isinstance(sys.unraisablehook, _QuietLateErrors):
         sys.unraisablehook = _QuietLateErrors(sys.unraisablehook)
@@ -300,7 +303,7 @@ def _restore_one(folder: Location, keys: Sequence[str]) -> np.ndarray:
     args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
     for key in reversed(keys):
         item, args = {key: item}, {key: args}
-    with readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
             absolute(folder), args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
         )

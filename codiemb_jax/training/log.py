@@ -182,7 +182,7 @@ def _is_line_of(line: bytes, step: int) -> bool:
 
 
 def _evaluation_of(line: bytes, step: int) -> Evaluation | None:
-    """Returns the evaluation of a complete line of that after `step` steps, None for any other line."""
+    """Parses the line of the evaluation after `step` steps; returns None for any other line."""
     if b'"evaluation"' not in line:
         return None
     values = _parse(line)
