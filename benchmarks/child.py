@@ -2,9 +2,14 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+
+# The unit of ru_maxrss: kilobytes on Linux, bytes on macOS.
+_UNITS_PER_MB = 1 << 20 if sys.platform == "darwin" else 1 << 10
 
 
 class Usage(NamedTuple):
@@ -29,4 +34,4 @@ def run_measured(command: Sequence[Any]) -> Usage:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     seconds = time.perf_counter() - start
-    return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / _UNITS_PER_MB)

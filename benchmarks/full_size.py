@@ -9,16 +9,14 @@ existing random model in --work is reused; other outputs are overwritten.
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import torch
+from child import run_measured
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -38,16 +36,6 @@ TEXTS = (
     "How do plants make sugar out of light, water and air?",
     "怎样更换自行车的内胎？",
 )
-
-
-def measure(*command: str) -> tuple[float, float]:
-    """Runs a command; returns its time in seconds and its peak resident memory in GB."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)}: failed")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
 
 
 def compare_bitwise(folder: Path, other: Path) -> int:
@@ -91,19 +79,20 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if not original.exists():
         script = Path(__file__).parent.parent / "scripts" / "make_random_checkpoint.py"
-        measure(str(script), "--shape", options.shape, "--output", str(original))
+        run_measured([sys.executable, script, "--shape", options.shape, "--output", original])
     size = sum(path.stat().st_size for path in original.glob("*.safetensors")) / 1e9
     table = Table("step", "seconds", "peak memory (GB)", "peak memory / checkpoint size")
     steps = {
-        "HF -> Orbax": ("convert.hf_to_orbax", "--model", str(original), "--output", str(orbax)),
-        "Orbax -> HF": ("convert.orbax_to_hf", "--checkpoint", str(orbax), "--output", str(exported)),
+        "HF -> Orbax": ("convert.hf_to_orbax", "--model", original, "--output", orbax),
+        "Orbax -> HF": ("convert.orbax_to_hf", "--checkpoint", orbax, "--output", exported),
         "Orbax -> HF, stock": (
-            "convert.orbax_to_hf", "--checkpoint", str(orbax), "--output", str(stock), "--architecture", "stock",
+            "convert.orbax_to_hf", "--checkpoint", orbax, "--output", stock, "--architecture", "stock",
         ),
     }  # fmt: skip
     for name, command in steps.items():
-        seconds, memory = measure("-m", *command)
-        table.add_row(name, f"{seconds:.0f}", f"{memory:.2f}", f"{memory / size:.2f}")
+        usage = run_measured([sys.executable, "-m", *command])
+        memory = usage.peak_mb * (1 << 20) / 1e9
+        table.add_row(name, f"{usage.seconds:.0f}", f"{memory:.2f}", f"{memory / size:.2f}")
     console = Console()
     console.print(f"checkpoint: {size:.2f} GB in {len(list(original.glob('*.safetensors')))} files")
     console.print(table)

@@ -370,7 +370,7 @@ def _import_mteb() -> ModuleType:
     try:
         import mteb  # imports PyTorch, and is not needed otherwise
     except ImportError as error:
-        raise UserError(f'mteb cannot be imported ({error}); pip install "codiemb_jax[mteb]"') from error
+        raise UserError(f'mteb cannot be imported ({error}); pip install "codiemb-jax[mteb]"') from error
     except OSError as error:  # it creates its cache when it is imported
         raise UserError(f"mteb cannot be imported ({error}); set MTEB_CACHE to a folder that can be written") from error
     return mteb

@@ -135,6 +135,6 @@ def check_tracking(settings: Settings) -> None:
         return
     spec = importlib.util.find_spec("wandb")
     if spec is None or spec.origin is None:  # a folder of that name, which wandb itself creates, is found as well
-        raise UserError('tracking.wandb: Weights & Biases is not installed; run pip install "codiemb_jax[wandb]"')
+        raise UserError('tracking.wandb: Weights & Biases is not installed; run pip install "codiemb-jax[wandb]"')
     if settings.tracking.wandb.mode == "offline" and not isinstance(settings.output_dir, Path):
         raise UserError("tracking.wandb.mode: offline requires a local output_dir")
