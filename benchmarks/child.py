@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-
 # The unit of ru_maxrss: kilobytes on Linux, bytes on macOS.
 _UNITS_PER_MB = 1 << 20 if sys.platform == "darwin" else 1 << 10
 
