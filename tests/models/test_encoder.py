@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
+from scipy.stats import norm
 from transformers import BertConfig, BertForPreTraining, BertModel, XLMRobertaConfig, XLMRobertaForMaskedLM
 
 from codiemb_jax.batch import TokenRows
 from codiemb_jax.models.embed import embed, embed_with_middle
+from codiemb_jax.models.encoder import gelu
 from tests.models.parity import as_rows, assert_same_hidden_states, load_reference, open_folder, random_tokens
 
 TINY = {
@@ -18,6 +21,17 @@ TINY = {
     "max_position_embeddings": 512, "initializer_range": 0.2,
 }  # fmt: skip
 PASSAGE = "The committee met in the spring to settle the budget and heard the reports of the working groups. "
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+def test_gelu_and_its_gradient_against_scipy(dtype: jnp.dtype, tolerance: float) -> None:
+    x = jnp.concatenate([jnp.linspace(-12, 12, 4001), jnp.array([-1e30, -0.0, 1e30])]).astype(dtype)
+    exact = np.asarray(x, np.float64)
+    value, gradient = jax.jit(lambda x: (gelu(x), jax.grad(lambda x: gelu(x).astype(jnp.float32).sum())(x)))(x)
+    assert value.dtype == gradient.dtype == dtype
+    np.testing.assert_allclose(np.asarray(value, np.float64), exact * norm.cdf(exact), rtol=tolerance, atol=1e-6)
+    expected = norm.cdf(exact) + exact * norm.pdf(exact)
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=tolerance, atol=1e-6)
 
 
 def write_model(folder: Path, kind: str, activation: str = "gelu") -> None:
