@@ -343,7 +343,7 @@ def test_missing_mteb_is_reported(monkeypatch):
         return imported(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_mteb)
-    with pytest.raises(UserError, match=r'pip install "codiemb_jax\[mteb\]"'):
+    with pytest.raises(UserError, match=r'pip install "codiemb-jax\[mteb\]"'):
         find_tasks(["STSB"])
 
 
