@@ -121,6 +121,6 @@ def test_missing_weights_and_biases_is_named(settings, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     folder = SimpleNamespace(origin=None)  # a folder with this name, which is no package
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: folder if name == "wandb" else find_spec(name))
-    with pytest.raises(UserError, match=r'Weights & Biases is not installed; run pip install "codiemb_jax\[wandb\]"'):
+    with pytest.raises(UserError, match=r'Weights & Biases is not installed; run pip install "codiemb-jax\[wandb\]"'):
         run(settings | {"tracking": {"wandb": {"project": "p"}}}, tmp_path)
     assert not (tmp_path / "run").exists()
