@@ -23,7 +23,7 @@ from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.sharding import make_mesh, replicated, row_shards, split_rows
 from codiemb_jax.text.batches import plan_batches
-from codiemb_jax.text.prompts import PromptTokenizer, Tokens
+from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.rows import Texts, lay_out
 from codiemb_jax.text.sentence import SentencePrompts, SentenceTokenizer
 
@@ -236,7 +236,8 @@ class Embedder:
           Embeddings, float32 [texts, dim], or [dim] for a single text.
 
         Raises:
-          UserError: If an argument is invalid or, for checkpoints, if a text has no token after the prompt.
+          UserError: If an argument is invalid, if the prompt leaves no room for the texts or, for checkpoints, if a
+            text has no token after the prompt.
         """
         if not isinstance(inputs, str | Sequence):
             raise UserError(f"expected a string or a list of strings, found {type(inputs).__name__}")
@@ -252,6 +253,7 @@ class Embedder:
                 raise UserError(f"unknown prompt {name!r}; available prompts: {', '.join(self.prompts)}")
             prompt = "" if name is None else self.prompts[name]
         tokens = self._tokenizer.tokenize(texts, prompt, self.max_seq_length)
+        check_room(self._tokenizer, tokens, prompt, self.max_seq_length)
         vectors = self.embed_tokens(tokens, batch_size, show_progress_bar)
         return vectors[0] if isinstance(inputs, str) else vectors
 
@@ -311,6 +313,35 @@ def _fetch(vectors: np.ndarray, texts: np.ndarray, slots: np.ndarray, embeddings
 def unit_vectors(vectors: np.ndarray) -> np.ndarray:
     """Returns vectors, [vectors, dim], divided by their lengths; zeros stay zeros."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def check_room(
+    tokenizer: TextTokenizer,
+    tokens: Sequence[Tokens],
+    prompt: str,
+    max_tokens: int,
+    fix: str = "give a shorter prompt or instruction",
+) -> None:
+    """Checks that a prompt does not fill the limit alone, which would give all texts the same embedding.
+
+    Args:
+      tokenizer: The tokenizer.
+      tokens: Texts tokenized after the prompt.
+      prompt: The prompt.
+      max_tokens: The limit.
+      fix: What to do, for the error message.
+
+    Raises:
+      UserError: If nothing is left of the texts.
+    """
+    if not prompt or not tokens or any(found.ids.size < max_tokens for found in tokens):
+        return
+    try:
+        fills = tokenizer.tokenize([""], prompt, max_tokens)[0].ids.size == max_tokens
+    except EmptyContentError:  # a tokenizer that notices by itself
+        return
+    if fills:
+        raise UserError(f"{max_tokens} tokens per text leave no room next to the prompt; {fix}")
 
 
 def count_truncated(

@@ -90,7 +90,8 @@ def model_files(folder: Path) -> dict[str, list[int]]:
         # Not hidden ones: unfinished output may be among them.
         if file.is_file() and not any(part.startswith(".") for part in name.parts):
             status = file.stat()
-            found[str(name)] = [status.st_size, status.st_mtime_ns]
+            text = str(name).encode(errors="backslashreplace").decode()  # names need not be UTF-8
+            found[text] = [status.st_size, status.st_mtime_ns]
     return found
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from rich.progress import Progress
 
 from codiemb_jax.distributed import check_same, exchange, first_value, is_first_process, log_console
-from codiemb_jax.embedder import Embedder, count_truncated, unit_vectors
+from codiemb_jax.embedder import Embedder, check_room, count_truncated, unit_vectors
 from codiemb_jax.errors import UserError, format_problems, shorten
-from codiemb_jax.text.plain import parse_text
+from codiemb_jax.text.plain import decode_line, parse_text
 from codiemb_jax.text.prompts import EmptyContentError
 from codiemb_jax.vector_file import Precision, VectorFile, open_vectors
 
@@ -54,7 +54,7 @@ def read_texts(path: Path, problems: list[str]) -> Iterator[str]:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    text = line.decode().rstrip("\r\n")
+                    text = decode_line(line, number).rstrip("\r\n")
                     if path.suffix == ".jsonl":
                         text = parse_text(text).text
                     if not text.strip():
@@ -155,6 +155,7 @@ def _embed(embedder: Embedder, texts: list[str], settings: EncodeSettings) -> tu
     """Returns the vectors of texts, and how many texts were truncated."""
     tokenizer, limit = embedder.tokenizer, embedder.max_seq_length
     tokens = tokenizer.tokenize(texts, settings.prompt, limit)
+    check_room(tokenizer, tokens, settings.prompt, limit)
     over = count_truncated(tokenizer, texts, tokens, settings.prompt, limit)
     vectors = embedder.embed_tokens(tokens, settings.batch_size, show_progress_bar=False)
     if not np.isfinite(vectors).all():

@@ -1,12 +1,14 @@
 """JSON reading with clear errors; atomic writes."""
 
 import json
+import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,16 @@ def local_path(text: str) -> Path:
         raise ValueError(f"no home directory for {shorten(text.split('/')[0])}") from error
 
 
+def temporary_path(path: Path) -> Path:
+    """Returns a unique path in the same folder, for a file that will be renamed to `path`."""
+    # File systems limit names to 255 bytes.
+    name = os.fsdecode(os.fsencode(path.name)[:200])
+    return path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file under a unique temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path)
     try:
         with temporary.open("x", encoding="utf-8") as file:  # "x" never follows an existing link
             file.write(text)
@@ -93,8 +102,11 @@ def check_new_file(path: Path, *endings: str) -> None:
     try:
         if not path.parent.is_dir():
             raise UserError(f"--output {path}: there is no folder {path.parent}; create it first")
-        if path.exists() or path.is_symlink():
+        with suppress(FileNotFoundError):
+            path.lstat()
             raise UserError(f"--output {path}: already exists; give a new file")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # the folder can be written
     except OSError as error:
         raise UserError(f"--output {shorten(str(path))}: cannot be written: {error.strerror}") from error
 

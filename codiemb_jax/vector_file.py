@@ -64,7 +64,10 @@ class VectorFile:
         """Returns the number of complete vectors, and the checksum of the file up to there."""
         if not self._state.exists():
             return 0, 0
-        found = read_json(self._state, dict)
+        try:
+            found = read_json(self._state, dict)
+        except UserError as error:
+            raise UserError(f"{error}; remove the folder {self._state.parent} to start over") from error
         done, checksum = found.get("done"), found.get("checksum")
         if found.get("inputs") != self._inputs or type(done) is not int or not 0 < done <= count:
             raise UserError(
@@ -118,12 +121,16 @@ def open_vectors(
         check_new_file(output, output.suffix)
         if folder.is_symlink():
             raise UserError(f"{folder}: is a link; remove it")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is not a folder; move it away, unfinished output belongs there")
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
             if path.is_symlink():
                 raise UserError(f"{path}: is a link; remove it")
             if path.name not in NAMES and not TEMPORARY_STATE.fullmatch(path.name):
                 raise UserError(f"{folder}: contains other files ({path.name}); move it away")
+            if not path.is_file():
+                raise UserError(f"{path}: is not a file; move it away")
         with FileLock(folder / "lock").acquire(blocking=False):
             vectors = VectorFile(folder, inputs, shape, precision)
             try:
@@ -138,14 +145,14 @@ def open_vectors(
         raise UserError(f"--output {shorten(str(output))}: cannot be written: {error.strerror or error}") from error
 
 
-def _checksum(path: Path, size: int) -> int:
-    """Returns the CRC-32 of the first `size` bytes of a file, or of all if there are fewer."""
+def _checksum(path: Path, size: int) -> int | None:
+    """Returns the CRC-32 of the first `size` bytes of a file; None if it has fewer."""
     checksum = 0
     with path.open("rb") as file:
         while size and (content := file.read(min(size, 2**24))):
             checksum = zlib.crc32(content, checksum)
             size -= len(content)
-    return checksum
+    return None if size else checksum
 
 
 def _header(shape: tuple[int, int], dtype: np.dtype) -> bytes:

@@ -208,6 +208,7 @@ def test_unusual_files_match_sentence_transformers(name, minilm, tmp_path):
 INVALID_CALLS: dict[str, tuple[Callable[[Embedder], object], str]] = {
     "unknown prompt": (lambda model: model.encode(TEXTS, prompt_name="title"), "unknown prompt 'title'; available "),
     "not a string": (lambda model: model.encode([1]), "expected a string, found int"),
+    "long prompt": (lambda model: model.encode(TEXTS, prompt="word " * 600), "leave no room next to the prompt"),
     "both": (lambda model: model.encode_query(TEXTS, prompt="x", instruction="y"), "or a prompt, not both"),
 }
 

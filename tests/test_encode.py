@@ -110,6 +110,28 @@ def test_long_texts_are_counted(embedder, tmp_path, capsys):
     np.testing.assert_allclose(found[0], embedder.encode_document([long])[0], atol=1e-6)
 
 
+def test_byte_order_mark_is_left_out(embedder, tmp_path):
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfplants make sugar\nsalt\n")
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "plants make sugar"}\n{"text": "salt"}\n')
+    expected = embedder.encode_document(["plants make sugar", "salt"])
+    for source in ("texts.txt", "t.jsonl"):
+        np.testing.assert_allclose(encode(tmp_path, f"{source}.npy", source=source), expected, atol=1e-6)
+
+
+def test_prompt_that_leaves_no_room_is_refused(embedder, texts, tmp_path):
+    settings = encoding.EncodeSettings("sugar " * 3000)
+    with pytest.raises(UserError, match="tokens per text leave no room next to the prompt; give a shorter prompt"):
+        encoding.encode_file(embedder, tmp_path / "texts.txt", tmp_path / "o.npy", settings, {})
+    assert not (tmp_path / "o.npy").exists()
+
+
+def test_model_may_have_files_whose_names_are_not_utf8(texts, tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    (Path(os.fsdecode(bytes(model) + b"/x\xff"))).write_text("")
+    assert len(encode(tmp_path, "o.npy", "--model", str(model))) == len(texts)
+    assert "x\\udcff" in model_files(model)
+
+
 BAD = {
     "empty line": (b"a\n\nb\n", "texts.txt:2: empty text"),
     "not UTF-8": (b"a\nb\xff\n", "texts.txt:2: not valid UTF-8"),
@@ -249,6 +271,41 @@ def test_damaged_partial_output_is_refused(damage, interrupted, tmp_path):
     with pytest.raises(UserError, match="vectors.npy: is damaged; remove the folder"):
         encode(tmp_path, "o.npy")
     assert not (tmp_path / "o.npy").exists()
+
+
+def change_state(folder: Path, **changes: object) -> None:
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_progress_beyond_the_vectors_is_refused(interrupted, tmp_path):
+    change_state(interrupted, done=150)
+    with pytest.raises(UserError, match="vectors.npy: is damaged; remove the folder"):
+        encode(tmp_path, "o.npy")
+    assert not (tmp_path / "o.npy").exists()
+
+
+def test_damaged_progress_is_refused(interrupted, tmp_path):
+    (interrupted / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state.json: not valid JSON: .*; remove the folder .* to start over"):
+        encode(tmp_path, "o.npy")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_in_the_folder_of_partial_output_is_kept(kind, texts, tmp_path):
+    path = tmp_path / ".o.npy.partial" / "vectors.npy"
+    path.parent.mkdir()
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(UserError, match="vectors.npy: is not a file; move it away"):
+        encode(tmp_path, "o.npy")
+    assert path.exists()
+
+
+def test_file_in_place_of_the_folder_of_partial_output_is_kept(texts, tmp_path):
+    (tmp_path / ".o.npy.partial").write_text("mine")
+    with pytest.raises(UserError, match=r"\.o\.npy\.partial: is not a folder; move it away"):
+        encode(tmp_path, "o.npy")
+    assert (tmp_path / ".o.npy.partial").read_text() == "mine"
 
 
 def test_other_files_in_the_folder_of_partial_output_are_kept(interrupted, tmp_path):

@@ -118,6 +118,12 @@ def test_ranks_of_an_export_match_numpy(trained, tmp_path):
         np.testing.assert_allclose(found, np.sort(row)[::-1][5:9], atol=1e-5)
 
 
+def test_instruction_that_leaves_no_room_raises_user_error(trained, tmp_path):
+    with pytest.raises(UserError, match="tokens per text leave no room next to the prompt; give a shorter prompt"):
+        run_mine(trained / "export", tmp_path / "o.jsonl", "--instruction", "word " * 3000)
+    assert not list(tmp_path.iterdir())
+
+
 def test_instruction_for_a_model_without_placeholder_raises_user_error(tmp_path):
     with pytest.raises(UserError, match="--instruction: this model's prompts have no placeholder"):
         run_mine(QUICKSTART / "model", tmp_path / "o.jsonl", "--instruction", "Find it")

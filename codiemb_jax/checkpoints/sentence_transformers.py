@@ -61,7 +61,7 @@ def read_modules(folder: Path) -> Modules | None:
       UserError: If a module is not supported or a file cannot be read.
     """
     path = folder / "modules.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     modules = read_json(path, list)
     if not all(isinstance(module, dict) for module in modules):

@@ -82,9 +82,20 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                     raise UserError(f"{location}: {len(cells)} cells, expected {len(header)} as in the first line")
                 yield Row(location, dict(zip(header, cells, strict=True)))
         except UnicodeDecodeError as error:
-            raise UserError(f"{shown(path)}: not valid UTF-8 after line {reader.line_num}") from error
+            raise UserError(f"{shown(path)}:{_undecodable_line(path)}: not valid UTF-8") from error
         except csv.Error as error:
             raise UserError(f"{shown(path)}:{reader.line_num}: {error}") from error
+
+
+def _undecodable_line(path: Path) -> int:
+    """Returns the number of the first line that is not UTF-8. Text is decoded in blocks, so the error does not tell."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise UserError(f"{shown(path)}: changed while it was read; run again")
 
 
 def _read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:

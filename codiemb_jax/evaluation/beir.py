@@ -14,6 +14,7 @@ from etils import epath
 
 from codiemb_jax.cache import cache_folder, shown
 from codiemb_jax.errors import UserError, format_problems, shorten
+from codiemb_jax.files import is_unicode
 from codiemb_jax.remote import Location, fetch, list_files
 from codiemb_jax.text.plain import parse_object
 
@@ -77,6 +78,8 @@ def find_folders(locations: Sequence[Location], setting: str) -> list[Path]:
     folders: dict[Path, Path] = {}
     for location in locations:
         path = location if isinstance(location, Path) else _fetch(location)
+        if not is_unicode(str(path)):
+            raise UserError(f"{setting}: {ascii(str(path))}: the name is not valid UTF-8; rename the folder")
         try:
             resolved = path.resolve()
             if not path.is_dir():

@@ -19,7 +19,7 @@ from codiemb_jax.config import EvaluationSettings
 from codiemb_jax.data.digest import file_digest
 from codiemb_jax.data.find import dataset_names, find_files
 from codiemb_jax.distributed import log_console
-from codiemb_jax.embedder import Embedder, TextTokenizer, count_truncated, default_prompt, unit_vectors
+from codiemb_jax.embedder import Embedder, TextTokenizer, check_room, count_truncated, default_prompt, unit_vectors
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.evaluation.beir import CORPUS, QUERIES, BeirFolder, find_folders, read_folder
 from codiemb_jax.evaluation.metrics import CORRELATIONS, CUT, MEASURES, retrieval_metrics, similarity_metrics
@@ -153,20 +153,10 @@ class HeldOutTexts:
     def _tokenize_after(self, prompt: str, texts: Sequence[str]) -> list[Tokens]:
         limit = self._max_tokens
         tokens = self._tokenizer.tokenize(texts, prompt, limit)
-        all_full = bool(tokens) and all(found.ids.size == limit for found in tokens)
-        if all_full and prompt and _fills(self._tokenizer, prompt, limit):
-            raise UserError(f"{limit} tokens per text leave no room next to the prompt; increase {self._limit_setting}")
+        check_room(self._tokenizer, tokens, prompt, limit, f"increase {self._limit_setting}")
         if self._count_truncated:
             self.truncated += count_truncated(self._tokenizer, texts, tokens, prompt, limit)
         return tokens
-
-
-def _fills(tokenizer: TextTokenizer, prompt: str, limit: int) -> bool:
-    """Whether a prompt alone has so many tokens that nothing is left of the texts after it."""
-    try:
-        return tokenizer.tokenize([""], prompt, limit)[0].ids.size == limit
-    except EmptyContentError:  # a tokenizer that notices by itself
-        return False
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def retrieval_metrics(
     values: dict[str, list[float]] = {metric: [] for metric in MEASURES}
     for start in range(0, len(relevant), QUERIES_PER_BLOCK):
         block = range(start, min(start + QUERIES_PER_BLOCK, len(relevant)))
-        judged = {str(i): dict(relevant[i]) for i in block}
+        # trec_eval counts documents by their gain, in an array that has no negative indices.
+        judged = {str(i): {name: max(gain, 0) for name, gain in relevant[i].items()} for i in block}
         ranking = {
             str(i): {
                 names[j]: score for j, score in zip(indices[i].tolist(), scores[i].tolist(), strict=True) if j >= 0

@@ -8,7 +8,6 @@ position of each, and the `range_max` nearest texts of each query.
 """
 
 import json
-import secrets
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +20,12 @@ import numpy as np
 
 from codiemb_jax.cache import shown
 from codiemb_jax.distributed import log_console
-from codiemb_jax.embedder import Embedder, unit_vectors
+from codiemb_jax.embedder import Embedder, check_room, unit_vectors
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.evaluation.search import VECTORS_PER_BLOCK, TopK
-from codiemb_jax.files import check_new_file, is_unicode
-from codiemb_jax.text.plain import parse_text
-from codiemb_jax.text.prompts import MAX_INSTANCE_CHARACTERS, EmptyContentError, tokenize_groups
+from codiemb_jax.files import check_new_file, is_unicode, temporary_path
+from codiemb_jax.text.plain import decode_line, parse_text
+from codiemb_jax.text.prompts import MAX_INSTANCE_CHARACTERS, EmptyContentError, Tokens, tokenize_groups
 from codiemb_jax.text.records import Triple, read_records
 
 PAIRS_PER_BLOCK = 16_384
@@ -126,11 +125,13 @@ class ModelEncoder:
         if not tokenizer.takes_instructions:
             return self._embedder.encode_query(texts, batch_size=self._batch_size)
         instructions = [query.task if self._instruction is None else self._instruction for query in queries]
-        tokens = tokenize_groups(
-            lambda prompt, group: tokenizer.tokenize(group, prompt, limit),
-            texts,
-            list(map(tokenizer.query_prompt, instructions)),
-        )
+
+        def tokenize(prompt: str, group: Sequence[str]) -> list[Tokens]:
+            tokens = tokenizer.tokenize(group, prompt, limit)
+            check_room(tokenizer, tokens, prompt, limit)
+            return tokens
+
+        tokens = tokenize_groups(tokenize, texts, list(map(tokenizer.query_prompt, instructions)))
         return self._embedder.embed_tokens(tokens, self._batch_size)
 
     def encode_passages(self, passages: Sequence[Triple]) -> np.ndarray:
@@ -233,7 +234,9 @@ def read_corpus(path: Path) -> Iterator[Location]:
                 empty = False
                 where = f"{shown(path)}:{number}"
                 try:
-                    text = line.decode() if path.suffix == ".txt" else " ".join(parse_text(line.decode()))
+                    text = decode_line(line, number)
+                    if path.suffix == ".jsonl":
+                        text = " ".join(parse_text(text))
                     triple = Triple.stripped("", "", text.strip())
                     if not triple.text:
                         raise ValueError("empty text, expected a text")
@@ -356,7 +359,7 @@ class _Miner:
         console = log_console()
         console.print(f"embedding {len(self._queries):,} queries")
         vectors = np.concatenate([_encode(encoder.encode_queries, block) for _, block in self._queries.blocks()])
-        top = TopK(vectors, self._settings.range_max)
+        top = TopK(vectors, min(self._settings.range_max, self._corpus_size))
         excluded_queries, excluded_texts = self._excluded.resolve(self._query_of_record, self._texts)
         order = np.lexsort((excluded_queries, excluded_texts // VECTORS_PER_BLOCK))  # by block, then by query
         excluded_queries, excluded_texts = excluded_queries[order], excluded_texts[order]
@@ -480,7 +483,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
       UserError: If `path` exists or cannot be written.
     """
     folder = path.parent.resolve()
-    temporary = folder / f".{path.name[:100]}.{secrets.token_hex(4)}.tmp"
+    temporary = temporary_path(folder / path.name)
     try:
         check_new_file(path, ".jsonl", ".json")
         try:

@@ -1,4 +1,4 @@
-"""Parses lines of JSON in files of other formats than that of the training data."""
+"""Parses lines of files of other formats than that of the training data."""
 
 import json
 from typing import Any, NamedTuple
@@ -11,6 +11,15 @@ class TitledText(NamedTuple):
 
     title: str
     text: str
+
+
+def decode_line(line: bytes, number: int) -> str:
+    """Decodes a line of UTF-8 text. The first one, number 1, may start with a byte-order mark, which is left out.
+
+    Raises:
+      UnicodeDecodeError: If it is not UTF-8.
+    """
+    return line.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
 def parse_object(line: str) -> dict[str, Any]:

@@ -47,17 +47,24 @@ class Selection:
           saved: The steps of the checkpoints so far.
 
         Raises:
-          UserError: If earlier evaluations were on other data.
+          UserError: If earlier evaluations were on other data, or lack the metric.
         """
         self._settings, self._steps = settings, steps
         self._evaluations = list(evaluations) if settings.every_steps else []
+        self._scores: list[float] = []
         for evaluation in self._evaluations:
             if evaluation.data != data:
                 raise UserError(
                     f"evaluation: the held-out data has changed since the evaluation after {evaluation.step} steps; "
                     "continue with the same data, or start over in another output_dir"
                 )
-        self._scores = [score(evaluation.metrics, settings.metric) for evaluation in self._evaluations]
+            try:
+                self._scores.append(score(evaluation.metrics, settings.metric))
+            except KeyError as error:
+                raise UserError(
+                    f"metrics.jsonl: the evaluation after {evaluation.step} steps has no {error.args[0]}; restore the "
+                    "file, or start over in another output_dir"
+                ) from error
         self._lost = {evaluation.step for evaluation in self._evaluations} - set(saved)
 
     def is_due(self, done: int) -> bool:

@@ -282,6 +282,7 @@ def test_locations_that_are_no_folders_raise_user_error(small, tmp_path):
         ([tmp_path / "absent"], "--beir: .*absent: no such folder; give a folder with corpus.jsonl"),
         ([small / "corpus.jsonl"], "--beir: .*corpus.jsonl: is not a folder"),
         ([small, tmp_path / "link"], "link: the same folder is listed twice"),
+        ([Path(os.fsdecode(bytes(tmp_path) + b"/x\xff"))], r"--beir: '.*x.udcff': the name is not valid UTF-8"),
         ([tmp_path / "loop"], "--beir: .*: (cannot be read|no such folder)"),
     ):
         with pytest.raises(UserError, match=message):

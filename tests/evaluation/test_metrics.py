@@ -81,6 +81,22 @@ def test_reciprocal_rank_ends_at_ten(rank, expected):
     assert found["MAP"] == pytest.approx(1 / rank, abs=1e-12)
 
 
+@pytest.mark.parametrize("gain", [-2, -1000])
+def test_negative_gains_count_as_not_relevant(gain):
+    """Spam has gain -2 in collections of TREC; trec_eval reads outside its arrays for gains below -1."""
+    rng = np.random.default_rng(8)
+    order = np.stack([rng.permutation(6) for _ in range(600)])
+    scores = np.tile(np.linspace(1, 0, 6), (600, 1))
+    relevant = [{str(i): int(rng.choice([gain, -1, 0, 1, 2])) for i in range(query % 6 + 1)} for query in range(600)]
+    relevant[0] = {"0": gain}
+    clipped = [{name: max(value, 0) for name, value in gains.items()} for gains in relevant]
+    by_name = [
+        dict(zip(map(str, row), map(float, values), strict=True)) for row, values in zip(order, scores, strict=True)
+    ]
+    found = retrieval_metrics(relevant, scores, order, list("012345"))
+    assert found == pytest.approx(mean_reference(by_name, clipped), abs=1e-12)
+
+
 def test_negative_indices_are_left_out():
     found = retrieval_metrics([{"a": 1, "b": 1}], np.array([[0.5, -np.inf]]), np.array([[0, -1]]), ["a", "b"])
     assert found["Recall@100"] == 0.5

@@ -282,6 +282,24 @@ def test_other_keys_are_kept_and_scores_of_other_negatives_are_not(tmp_path):
         assert list(read_records(output, "ir"))
 
 
+@pytest.mark.parametrize("name", ["c.txt", "c.jsonl"])
+def test_byte_order_mark_of_a_corpus_is_left_out(name, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [record("q", ["one"])])
+    lines = ["one", "two"] if name == "c.txt" else ['{"text": "one"}', '{"text": "two"}']
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8-sig")
+    mine([data], tmp_path / name, tmp_path / "o.jsonl", MiningSettings(range_min=0), FakeEncoder({}))
+    (mined,) = read_lines(tmp_path / "o.jsonl")
+    assert [triple[2] for triple in mined["negatives"]] == ["two"]
+
+
+def test_range_max_may_be_larger_than_any_corpus(tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [record("q", ["one"])])
+    (tmp_path / "c.txt").write_text("two\nthree\n")
+    options = MiningSettings(range_min=0, range_max=10**12)
+    report = mine([data], tmp_path / "c.txt", tmp_path / "o.jsonl", options, FakeEncoder({}))
+    assert (report.corpus, report.negatives) == (2, 2)
+
+
 BAD_LINES = {
     b'{"text": 1}': "corpus.jsonl:2: text: missing or not a string",
     b'{"title": "x"}': "corpus.jsonl:2: text: missing or not a string",

@@ -240,6 +240,13 @@ def test_run_stops_early_and_more_patience_continues_it(settings, whole, script,
     assert_exported(tmp_path / "run", 4)
 
 
+def test_evaluation_without_the_metric_raises_user_error():
+    evaluations = [Evaluation(2, {"pairs Foo": 0.5}, "")]
+    settings = EvaluationSettings(sts=["pairs.jsonl"], every_steps=2)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: the evaluation after 2 steps has no nDCG@10 or Spearman"):
+        Selection(settings, 10, evaluations, "", [2])
+
+
 class Crash(BaseException):
     """Ends a run at a chosen moment. Unlike a kill, it lets a checkpoint be completed that is being saved."""
 
