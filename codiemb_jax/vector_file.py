@@ -54,7 +54,8 @@ class VectorFile:
             self._write(header)
             return
         complete = len(header) + self.done * shape[1] * dtype.itemsize
-        if not self.path.is_file() or _checksum(self.path, complete) != self._checksum:
+        found = _checksum(self.path, complete) if self.path.is_file() else None
+        if found is None or found != self._checksum:
             raise UserError(f"{self.path}: is damaged; remove the folder {folder} to start over")
         self._file = self.path.open("r+b")
         self._file.truncate(complete)  # removes what was written after the last record of progress

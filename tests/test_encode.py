@@ -278,8 +278,9 @@ def change_state(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_progress_beyond_the_vectors_is_refused(interrupted, tmp_path):
-    change_state(interrupted, done=150)
+@pytest.mark.parametrize("changes", [{}, {"checksum": None}])
+def test_progress_beyond_the_vectors_is_refused(changes, interrupted, tmp_path):
+    change_state(interrupted, done=150, **changes)
     with pytest.raises(UserError, match="vectors.npy: is damaged; remove the folder"):
         encode(tmp_path, "o.npy")
     assert not (tmp_path / "o.npy").exists()
