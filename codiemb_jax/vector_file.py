@@ -130,7 +130,7 @@ def open_vectors(
                 raise UserError(f"{path}: is a link; remove it")
             if path.name not in NAMES and not TEMPORARY_STATE.fullmatch(path.name):
                 raise UserError(f"{folder}: contains other files ({path.name}); move it away")
-            if not path.is_file():
+            if path.exists() and not path.is_file():  # another process may have removed it by now
                 raise UserError(f"{path}: is not a file; move it away")
         with FileLock(folder / "lock").acquire(blocking=False):
             vectors = VectorFile(folder, inputs, shape, precision)
