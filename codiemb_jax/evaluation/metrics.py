@@ -38,7 +38,7 @@ def retrieval_metrics(
     values: dict[str, list[float]] = {metric: [] for metric in MEASURES}
     for start in range(0, len(relevant), QUERIES_PER_BLOCK):
         block = range(start, min(start + QUERIES_PER_BLOCK, len(relevant)))
-        # trec_eval counts documents by their gain, in an array that has no negative indices.
+        # trec_eval crashes if some gains are below -1 and others are not negative.
         judged = {str(i): {name: max(gain, 0) for name, gain in relevant[i].items()} for i in block}
         ranking = {
             str(i): {
