@@ -39,14 +39,14 @@ FLAGS = ("--query", "question", "--positive", "answer", "--negative", "wrong", "
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a table with a byte-order mark, as Excel does."""
     if path.suffix in (".csv", ".tsv"):
-        # With a byte order mark, as Excel writes it.
         with path.open("w", encoding="utf-8-sig", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys(), delimiter="," if path.suffix == ".csv" else "\t")
             writer.writeheader()
             writer.writerows(rows)
     else:
-        path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+        path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8-sig")
 
 
 def convert(source: Path, output: Path, *flags: str) -> dict[str, list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from codiemb_jax.cache import shown
 from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.files import is_bare_name, is_unicode, read_json
-from codiemb_jax.text.plain import parse_object
+from codiemb_jax.text.plain import decode_line, parse_object
 
 MAX_CELL_CHARACTERS = 2**31 - 1
 """Limit of `csv`, which by default is too low for long documents."""
@@ -106,7 +106,7 @@ def _read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                cells = parse_object(line.decode())
+                cells = parse_object(decode_line(line, number))
             except UnicodeDecodeError as error:
                 raise UserError(f"{location}: not valid UTF-8") from error
             except ValueError as error:

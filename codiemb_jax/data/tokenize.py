@@ -3,7 +3,6 @@
 import contextlib
 import io
 import itertools
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import tensorflow_datasets as tfds
 from codiemb_jax.batch import Task
 from codiemb_jax.cache import shown
 from codiemb_jax.data.store import BUILDER, BUILDER_VERSION, stored_features
+from codiemb_jax.files import temporary_path
 from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Lines, Record, Triple, read_lines
 
@@ -54,7 +54,7 @@ class Outcome:
 
     def save(self, path: Path) -> None:
         """Writes the outcome atomically, as several workers may write the same one."""
-        unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        unfinished = temporary_path(path)
         problems = {name: np.array(getattr(self, name), np.str_) for name in ("line_problems", "text_problems")}
         with unfinished.open("xb") as file:
             np.savez(file, allow_pickle=False, **problems, **(self.index or {}))

@@ -16,7 +16,7 @@ from codiemb_jax.cache import cache_folder, shown
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import is_unicode
 from codiemb_jax.remote import Location, fetch, list_files
-from codiemb_jax.text.plain import parse_object
+from codiemb_jax.text.plain import decode_line, parse_object
 
 CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLITS = ("test.tsv", "dev.tsv")
@@ -172,7 +172,7 @@ def _read_objects(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[s
     """Yields line numbers and objects with a valid `_id`."""
     for number, line in _read_lines(path):
         try:
-            fields = parse_object(line.decode())
+            fields = parse_object(decode_line(line, number))
             name = fields.get("_id")
             if not isinstance(name, str) or not name or "\0" in name:
                 raise ValueError("_id: missing, empty or not a string")
@@ -232,7 +232,7 @@ def _read_judgments(
     header = False
     for number, line in _read_lines(path):
         try:
-            values = line.decode().rstrip("\r\n").split("\t")
+            values = decode_line(line, number).rstrip("\r\n").split("\t")
         except UnicodeDecodeError:
             problems.append(f"{shown(path)}:{number}: not valid UTF-8")
             continue

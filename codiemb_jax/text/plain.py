@@ -1,4 +1,4 @@
-"""Parses lines of files of other formats than that of the training data."""
+"""Decodes lines of files, and parses those of formats other than that of the training data."""
 
 import json
 from typing import Any, NamedTuple

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from codiemb_jax.batch import Task
 from codiemb_jax.cache import shown
 from codiemb_jax.errors import UserError, format_problems
+from codiemb_jax.text.plain import decode_line
 
 REQUIRED = ("task_type", "query", "positives")
 OPTIONAL = ("negatives", "positive_scores", "negative_scores", "meta_data")
@@ -171,7 +172,7 @@ class _LineParser:
 
     def _fields(self, line: bytes) -> dict[str, Any] | None:
         try:
-            value = json.loads(line.decode("utf-8"), object_pairs_hook=_Object)
+            value = json.loads(decode_line(line, self.number), object_pairs_hook=_Object)
         except UnicodeDecodeError as error:
             self.problems.append(f"byte {error.start + 1}: not valid UTF-8, expected UTF-8 text")
             return None

@@ -228,6 +228,15 @@ def small(tmp_path) -> Path:
     return write(tmp_path / "data", {"corpus": corpus, "queries": {"q0": "x", "q1": "y"}, "qrels": {"q0": {"d1": 1}}})
 
 
+def test_byte_order_marks_are_left_out(small):
+    expected = read_folder(small)
+    for file in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        (small / file).write_bytes(b"\xef\xbb\xbf" + (small / file).read_bytes())
+    found = read_folder(small)
+    assert (found.queries, found.relevant) == (expected.queries, expected.relevant)
+    assert list(found.blocks(8)) == list(expected.blocks(8))
+
+
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_line_raises_user_error(name, small):
     file, line, message = INVALID[name]

@@ -62,6 +62,12 @@ def problems(path: Path, task: str) -> list[str]:
     return [line.strip().removeprefix(f"{path}:") for line in str(caught.value).splitlines()[1:]]
 
 
+def test_byte_order_mark_is_left_out(tmp_path):
+    expected = list(read_records(write(tmp_path, ir_line(), ir_line()), "ir"))
+    path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps(ir_line()).encode(), ir_line())
+    assert list(read_records(path, "ir")) == expected
+
+
 def test_ir_line(tmp_path):
     assert list(read_records(write(tmp_path, ir_line()), "ir")) == [
         Record(
