@@ -30,7 +30,8 @@ def run_first_step(options: argparse.Namespace, flags: list[str]) -> float:
     shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "-m", "codiemb_jax.train", "--config", options.config, "--output_dir", run]
     environment = os.environ | {"CODIEMB_JAX_CACHE": str(options.work / "cache")}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):
+        environment.pop(name, None)
     start = time.perf_counter()
     process = subprocess.Popen([*command, *ONE_STEP, *flags], env=environment, stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics.jsonl"

@@ -65,6 +65,7 @@ def random_inputs(rows: int, heads: int, kv_heads: int, tokens: int, head_dim: i
         pytest.param("xla", 1100, marks=pytest.mark.slow),
         ("xla_cpu", 100),
         ("xla_cpu", 300),
+        ("xla_cpu", 700),
         ("splash", 256),
         ("cudnn", 100),
     ],

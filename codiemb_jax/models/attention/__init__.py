@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from codiemb_jax.errors import UserError
-from codiemb_jax.models.attention import cudnn, splash, xla, xla_cpu
+from codiemb_jax.models.attention import cudnn, xla, xla_cpu
 from codiemb_jax.sharding import ROW_AXES
 
 Backend = Literal["xla", "xla_cpu", "splash", "cudnn"]
@@ -30,10 +30,16 @@ def _attend_on_cpu(*arrays: jax.Array, causal: bool) -> jax.Array:
     return _on_each_device(partial(xla_cpu.attend, causal=causal), *arrays)
 
 
+def _attend_with_splash(*arrays: jax.Array, causal: bool) -> jax.Array:
+    from codiemb_jax.models.attention import splash  # imports Pallas, which is slow, and only TPUs need it
+
+    return _on_each_device(partial(splash.attend, causal=causal), *arrays)
+
+
 ATTEND: dict[Backend, Callable[..., jax.Array]] = {
     "xla": lambda *arrays, causal: xla.attend(*arrays, causal=causal),
     "xla_cpu": _attend_on_cpu,
-    "splash": lambda *arrays, causal: _on_each_device(partial(splash.attend, causal=causal), *arrays),
+    "splash": _attend_with_splash,
     "cudnn": lambda *arrays, causal: cudnn.attend(*arrays, causal=causal),
 }
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "xla_cpu": "cpu"}

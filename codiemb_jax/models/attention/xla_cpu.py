@@ -17,8 +17,11 @@ from codiemb_jax.models.attention.saved import SAVED
 
 BLOCK_TOKENS = 192
 """Maximum number of queries per block. In larger blocks, products are more efficient, but more scores are masked."""
-WINDOWS = tuple(i / 8 for i in range(1, 9))
-"""Lengths of windows, as fractions of a row."""
+WINDOW_MULTIPLE, WINDOW_GROWTH = 64, 1.2
+"""Windows have lengths that are multiples of this, each about this much longer than the next shorter one.
+
+More lengths mask fewer scores, but take longer to compile.
+"""
 MASKED = jnp.finfo(jnp.float32).min
 
 
@@ -156,7 +159,16 @@ def _split(query: jax.Array, segment_ids: jax.Array, kv_heads: int, causal: bool
 
 
 def _window_sizes(tokens: int) -> list[int]:
-    return sorted({-int(-tokens * fraction // 1) for fraction in WINDOWS})
+    """Returns the lengths of windows, ascending, from that of a block to that of a row."""
+    sizes, size = [], _multiple(_block_size(tokens))
+    while size < tokens:
+        sizes.append(size)
+        size = _multiple(max(int(size * WINDOW_GROWTH), size + 1))
+    return [*sizes, tokens]
+
+
+def _multiple(size: int) -> int:
+    return -(-size // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
 
 
 def _switch(function: Callable[[int], Any], block: Blocks, tokens: int) -> Any:
