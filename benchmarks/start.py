@@ -30,8 +30,6 @@ def run_first_step(options: argparse.Namespace, flags: list[str]) -> float:
     shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "-m", "codiemb_jax.train", "--config", options.config, "--output_dir", run]
     environment = os.environ | {"CODIEMB_JAX_CACHE": str(options.work / "cache")}
-    for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):
-        environment.pop(name, None)
     start = time.perf_counter()
     process = subprocess.Popen([*command, *ONE_STEP, *flags], env=environment, stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics.jsonl"
@@ -58,6 +56,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="cold and warm starts (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options, flags = parser.parse_known_args()
+    for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):
+        os.environ.pop(name, None)
     options.work.mkdir(parents=True, exist_ok=True)
     run_first_step(options, flags)  # prepares the data
     seconds: dict[str, list[float]] = {"imports": [], "cold": [], "warm": []}

@@ -19,7 +19,8 @@ def decode_line(line: bytes, number: int) -> str:
     Raises:
       UnicodeDecodeError: If it is not UTF-8.
     """
-    return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    text = line.decode()
+    return text.removeprefix("\ufeff") if number == 1 else text
 
 
 def parse_object(line: str) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def test_byte_order_mark_is_left_out(tmp_path):
     expected = list(read_records(write(tmp_path, ir_line(), ir_line()), "ir"))
     path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps(ir_line()).encode(), ir_line())
     assert list(read_records(path, "ir")) == expected
+    path = write(tmp_path, b'\xef\xbb\xbf{"task_type": "\xff"}')
+    assert problems(path, "ir") == ["1: byte 19: not valid UTF-8, expected UTF-8 text"]
 
 
 def test_ir_line(tmp_path):

@@ -17,11 +17,10 @@ from codiemb_jax.models.attention.saved import SAVED
 
 BLOCK_TOKENS = 192
 """Maximum number of queries per block. In larger blocks, products are more efficient, but more scores are masked."""
-WINDOW_MULTIPLE, WINDOW_GROWTH = 64, 1.2
-"""Windows have lengths that are multiples of this, each about this much longer than the next shorter one.
-
-More lengths mask fewer scores, but take longer to compile.
-"""
+WINDOW_MULTIPLE = 64
+"""The lengths of windows are multiples of this, except for that of a whole row."""
+WINDOW_GROWTH = 1.2
+"""Each length is about this many times the one before. More lengths mask fewer scores, but take longer to compile."""
 MASKED = jnp.finfo(jnp.float32).min
 
 
@@ -160,15 +159,11 @@ def _split(query: jax.Array, segment_ids: jax.Array, kv_heads: int, causal: bool
 
 def _window_sizes(tokens: int) -> list[int]:
     """Returns the lengths of windows, ascending, from that of a block to that of a row."""
-    sizes, size = [], _multiple(_block_size(tokens))
-    while size < tokens:
+    sizes, size = [], _block_size(tokens)
+    while (size := -(-size // WINDOW_MULTIPLE) * WINDOW_MULTIPLE) < tokens:
         sizes.append(size)
-        size = _multiple(max(int(size * WINDOW_GROWTH), size + 1))
+        size = int(size * WINDOW_GROWTH)
     return [*sizes, tokens]
-
-
-def _multiple(size: int) -> int:
-    return -(-size // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
 
 
 def _switch(function: Callable[[int], Any], block: Blocks, tokens: int) -> Any:
