@@ -21,7 +21,7 @@ from codiemb_jax.files import is_unicode
 from codiemb_jax.models.attention import ROW_MULTIPLES
 from codiemb_jax.models.embed import embed
 from codiemb_jax.models.pooling import l2_normalize
-from codiemb_jax.sharding import make_mesh, replicated, row_shards, split_rows
+from codiemb_jax.sharding import compiler_options, make_mesh, replicated, row_shards, split_rows
 from codiemb_jax.text.batches import plan_batches
 from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.rows import Texts, lay_out
@@ -77,7 +77,12 @@ class Embedder:
             embeddings = embed(nnx.merge(graph, params), rows, slots)
             return l2_normalize(embeddings) if normalize else embeddings
 
-        self._embed = jax.jit(embed_rows, out_shardings=replicated(mesh), static_argnums=2)
+        self._embed = jax.jit(
+            embed_rows,
+            out_shardings=replicated(mesh),
+            static_argnums=2,
+            compiler_options=compiler_options(mesh),
+        )
 
     @classmethod
     def from_pretrained(

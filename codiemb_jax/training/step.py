@@ -19,7 +19,7 @@ from codiemb_jax.models.pooling import l2_normalize
 from codiemb_jax.objectives.groups import Examples, Groups, Parts
 from codiemb_jax.objectives.mixed import mixed
 from codiemb_jax.objectives.registry import OBJECTIVES
-from codiemb_jax.sharding import ROW_AXES, replicated, row_sharding, row_shards
+from codiemb_jax.sharding import ROW_AXES, compiler_options, replicated, row_sharding, row_shards
 from codiemb_jax.text.rows import rows_per_chunk
 from codiemb_jax.training.state import TrainState
 
@@ -236,4 +236,5 @@ def make_step(
         in_shardings=(shardings, replicated(mesh), row_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
