@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.attention import ATTEND, choose_backend, cudnn, splash, xla, xla_cpu
+from codiemb_jax.sharding import compiler_options, cpu_mesh
 
 BACKENDS = {
     "xla": xla.attend,
@@ -172,14 +173,19 @@ def test_bfloat16_attention_rounds_only_its_inputs_and_outputs(backend, causal):
         attended, vjp = jax.vjp(attend, query, key, value)
         return attended, *vjp(upstream)
 
-    # On CPUs, jax 0.12 computes bfloat16 products with a library that also sums in bfloat16, as no GPU or TPU does.
-    options = {} if backend == "xla_cpu" else {"xla_cpu_experimental_ynn_fusion_type": ""}
+    options = compiler_options(cpu_mesh())
     actual = jax.jit(attend_and_differentiate, compiler_options=options)(query, key, value)
     expected, gradients = reference(query, key, value, segment_ids, upstream, causal)
     for own, other in zip(actual, (expected, *gradients), strict=True):
         assert own.dtype == jnp.bfloat16
         error = np.linalg.norm(np.asarray(own, np.float64) - other) / np.linalg.norm(other)
         assert error < 2**-8, error  # twice the rounding of a bfloat16
+
+
+def test_programs_on_cpus_leave_out_ynnpack():
+    scores = jax.jit(lambda x: jnp.einsum("hqd,hkd->hqk", x, x), compiler_options=compiler_options(cpu_mesh()))
+    assert "ynn_fusion" not in scores.lower(jnp.ones((4, 64, 64))).compile().as_text()
+    assert compiler_options(FakeMesh("tpu")) == compiler_options(FakeMesh("gpu")) == {}
 
 
 @pytest.mark.parametrize(
