@@ -28,7 +28,8 @@ def test_weights_and_gradients_travel_in_the_compute_dtype(golden, tmp_path):
     # XLA:CPU computes bfloat16 in float32 and therefore also sends float32, so read the program right after it is split
     # over the devices, which is done alike on all platforms.
     options = {"xla_dump_to": str(tmp_path / "dump"), "xla_dump_hlo_pass_re": "spmd-partitioning"}
-    step.lower().compile(compiler_options=options)
+    compiled = step.lower().compile(compiler_options=options)
+    assert "ynn_fusion" not in compiled.as_text()  # the options of the step are kept
     program = next((tmp_path / "dump").glob("*jit_step*after_spmd-partitioning*.txt")).read_text()
 
     # Gradients may be transposed, so shapes are sorted.
