@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -265,14 +266,19 @@ class Embedder:
     def embed_tokens(
         self, texts: Sequence[Tokens], batch_size: int = 32, show_progress_bar: bool | None = None
     ) -> np.ndarray:
-        """Encodes tokenized texts, float32 [texts, dim]; see `encode`."""
+        """Encodes tokenized texts, float32 [texts, dim]; see `encode`.
+
+        Equal texts are encoded once, so that they have exactly the same embedding, whatever shares their batches.
+        """
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size: expected a positive integer, found {batch_size!r}")
         vectors = np.empty((len(texts), self.get_embedding_dimension()), np.float32)
         if not texts:
             return vectors
+        sources = _first_of_equals(texts)
+        unique = np.unique(sources)
         batches = plan_batches(
-            np.array([text.ids.size for text in texts]),
+            np.array([texts[i].ids.size for i in unique]),
             self.max_seq_length,
             max_rows=batch_size,
             shards=row_shards(self._mesh),
@@ -286,6 +292,7 @@ class Embedder:
         for indices, text_rows in track(
             steps, "encoding", len(batches.texts), console=console, disable=not show, transient=True
         ):
+            indices = unique[indices]
             rows, slots = lay_out(Texts.join([texts[i] for i in indices]), text_rows, batches.rows, batches.row_length)
             with jax.set_mesh(self._mesh):
                 rows = jax.tree.map(partial(split_rows, mesh=self._mesh), rows)
@@ -295,6 +302,8 @@ class Embedder:
                 _fetch(vectors, *pending.pop(0))
         for batch in pending:
             _fetch(vectors, *batch)
+        copies = np.flatnonzero(sources != np.arange(len(texts)))
+        vectors[copies] = vectors[sources[copies]]
         return vectors
 
     def get_embedding_dimension(self) -> int:
@@ -308,6 +317,13 @@ class Embedder:
         arrays = [np.atleast_2d(embeddings) for embeddings in (embeddings1, embeddings2)]
         first, second = map(unit_vectors, arrays)
         return first @ second.T
+
+
+def _first_of_equals(texts: Sequence[Tokens]) -> np.ndarray:
+    """Returns the index of the first text that is equal to each text, int [texts]."""
+    first: dict[tuple[int, bytes], int] = {}
+    keys = ((text.content_start, blake2b(text.ids.tobytes(), digest_size=16).digest()) for text in texts)
+    return np.array([first.setdefault(key, i) for i, key in enumerate(keys)])
 
 
 def _fetch(vectors: np.ndarray, texts: np.ndarray, slots: np.ndarray, embeddings: jax.Array) -> None:

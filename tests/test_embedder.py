@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import Qwen3Config, Qwen3Model
 
 import codiemb_jax
-from codiemb_jax import Embedder, UserError
+from codiemb_jax import Embedder, UserError, embedder
 from codiemb_jax.config import MeshSettings
 from codiemb_jax.train import main as train
 from convert.hf_to_orbax import main as hf_to_orbax
@@ -163,6 +163,34 @@ def test_embeddings_do_not_depend_on_order_or_batch_size(published):
     expected = published.encode(texts)
     np.testing.assert_allclose(published.encode(texts, batch_size=3), expected, atol=1e-5)
     np.testing.assert_allclose(published.encode(texts[::-1])[::-1], expected, atol=1e-5)
+
+
+def test_equal_texts_have_exactly_the_same_embedding(published, monkeypatch):
+    """In batches of one row, whose positions in the row and neighbors differ."""
+    words = np.random.default_rng(0).integers(0, 1000, 40)
+    texts = [f"{TEXTS[i % 3]} {word}" for i, word in enumerate(words)]
+    texts += [texts[i] for i in np.random.default_rng(1).permutation(40)[:25]]
+    lengths: list[int] = []
+    plan = embedder.plan_batches
+    monkeypatch.setattr(
+        embedder, "plan_batches", lambda sizes, *args, **options: lengths.extend(sizes) or plan(sizes, *args, **options)
+    )
+    vectors = published.encode(texts, batch_size=1)
+    assert len(lengths) == len(set(texts))
+    for text in set(texts):
+        same = vectors[[other == text for other in texts]]
+        assert np.all(same == same[0])
+    np.testing.assert_allclose(vectors, [published.encode(text) for text in texts], atol=1e-5)
+
+
+def test_program_leaves_out_ynnpack(published, monkeypatch):
+    programs: list[str] = []
+    embed = published._embed
+    monkeypatch.setattr(
+        published, "_embed", lambda *args: programs.append(embed.lower(*args).compile().as_text()) or embed(*args)
+    )
+    published.encode(TEXTS)
+    assert "ENTRY" in programs[0] and "ynn_fusion" not in programs[0]
 
 
 def test_embeddings_do_not_depend_on_mesh_or_dtype(published, minilm):
