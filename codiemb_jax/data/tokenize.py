@@ -17,6 +17,7 @@ from codiemb_jax.data.store import BUILDER, BUILDER_VERSION, stored_features
 from codiemb_jax.files import temporary_path
 from codiemb_jax.text.prompts import EmptyContentError, PromptTokenizer, Tokens
 from codiemb_jax.text.records import Lines, Record, Triple, read_lines
+from codiemb_jax.text.rows import Texts
 
 BATCH_SIZE = 32
 """Number of records tokenized in one call. Larger batches take longer per text."""
@@ -75,10 +76,7 @@ class LineTokenizer:
         self._file = file
         self._name = shown(file.path)
         self._outcome = Outcome()
-        self._score: list[float] = []
-        self._positives: list[int] = []
-        self._lengths: list[np.ndarray] = []
-        self._hashes: list[int] = []
+        self._index: list[dict[str, np.ndarray]] = []
 
     def examples(self, lines: Lines, check_only: bool = False) -> Iterator[tuple[int, Example]]:
         """Yields the line number and the tokens of each example, until there are problems.
@@ -97,25 +95,18 @@ class LineTokenizer:
                 continue  # the rest is tokenized only to find all problems
             # Both texts of an STS pair are tokenized as queries.
             others = queries if self._file.task == "sts" else passages
+            texts: list[Tokens] = []
             for record in batch:
-                count = len(record.positives) + len(record.negatives)
-                yield record.line, self._example(record, [next(queries), *itertools.islice(others, count)])
+                texts += [next(queries), *itertools.islice(others, len(record.passages))]
+            yield from self._examples(batch, Texts.join(texts))
 
     def outcome(self) -> Outcome:
         """Returns the index and the problems of the lines that have been tokenized."""
         outcome = self._outcome
-        if self._lengths and not (outcome.line_problems or outcome.text_problems):
-            passages = np.array([lengths.size - 1 for lengths in self._lengths], np.int64)
-            positives = np.array(self._positives, np.int32)
-            outcome.index = {
-                "score": np.array(self._score, np.float64),
-                "query_tokens": np.array([lengths[0] for lengths in self._lengths], np.int32),
-                "positives": positives,
-                "negatives": (passages - positives).astype(np.int32),
-                "passage_offsets": np.cumsum(passages),
-                "passage_tokens": np.concatenate([lengths[1:] for lengths in self._lengths]),
-                "passage_hashes": np.array(self._hashes, np.uint64),
-            }
+        if self._index and not (outcome.line_problems or outcome.text_problems):
+            outcome.index = {name: np.concatenate([part[name] for part in self._index]) for name in self._index[0]}
+            passages = outcome.index["positives"] + outcome.index["negatives"]
+            outcome.index["passage_offsets"] = np.cumsum(passages, dtype=np.int64)
         return outcome
 
     def _texts(self, batch: Sequence[Record]) -> tuple[Iterator[Tokens], Iterator[Tokens]]:
@@ -147,18 +138,34 @@ class LineTokenizer:
             self._outcome.text_problems += error.problems_at([location for location, _ in texts], f"data.{setting}")
             return iter(())
 
-    def _example(self, record: Record, texts: Sequence[Tokens]) -> Example:
-        lengths = np.array([text.ids.size for text in texts], np.int32)
-        self._score.append(0.0 if record.score is None else record.score)
-        self._positives.append(len(record.positives))
-        self._lengths.append(lengths)
+    def _examples(self, batch: Sequence[Record], texts: Texts) -> Iterator[tuple[int, Example]]:
+        """Adds the records of a batch to the index, and yields their examples.
+
+        Args:
+          batch: The records.
+          texts: The query of each record, followed by its passages.
+        """
+        positives = np.array([len(record.positives) for record in batch], np.int32)
+        negatives = np.array([len(record.negatives) for record in batch], np.int32)
+        queries = np.cumsum(1 + positives + negatives) - (1 + positives + negatives)
         # Passages are tokenized without their task instruction, so it does not distinguish them either.
-        self._hashes += [passage._replace(task="").hash() for passage in (*record.positives, *record.negatives)]
-        return {
-            "tokens": np.concatenate([text.ids for text in texts]),
-            "lengths": lengths,
-            "content_starts": np.array([text.content_start for text in texts], np.int32),
-        }
+        hashes = [Triple("", passage.instance, passage.text).hash() for record in batch for passage in record.passages]
+        self._index.append({
+            "score": np.array([record.score or 0 for record in batch], np.float64),
+            "query_tokens": texts.lengths[queries],
+            "positives": positives,
+            "negatives": negatives,
+            "passage_tokens": np.delete(texts.lengths, queries),
+            "passage_hashes": np.array(hashes, np.uint64),
+        })  # fmt: skip
+        # Splitting the arrays of the batch is faster than joining those of each example.
+        by_example = (
+            np.split(texts.ids, np.cumsum(np.add.reduceat(texts.lengths, queries))[:-1]),
+            np.split(texts.lengths, queries[1:]),
+            np.split(texts.content_starts, queries[1:]),
+        )
+        for record, ids, lengths, content_starts in zip(batch, *by_example, strict=True):
+            yield record.line, {"tokens": ids, "lengths": lengths, "content_starts": content_starts}
 
 
 def write_lines(file: DataFile, lines: Lines, folder: Path, check_only: bool = False) -> Outcome:

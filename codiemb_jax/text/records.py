@@ -57,6 +57,11 @@ class Record(NamedTuple):
     negatives: tuple[Triple, ...]
     score: float | None
 
+    @property
+    def passages(self) -> tuple[Triple, ...]:
+        """The positives, followed by the negatives."""
+        return self.positives + self.negatives
+
 
 def read_records(path: Path, task: Task) -> Iterator[Record]:
     """Yields the records of a file up to the first invalid line, then only checks the rest.
