@@ -39,11 +39,15 @@ PRODUCTS: list[Callable[..., Any]] = [lambda x, w, g: x @ w, lambda x, w, g: g @
 
 
 def jax_rate(model: Path, tokens: int, dtype: str) -> float:
-    """Measures the rate of JAX, see `matrix_product_rate`."""
+    """Measures the rate of JAX as it compiles models, see `matrix_product_rate`."""
     import jax
     import jax.numpy as jnp
 
-    products = [jax.jit(product) for product in PRODUCTS]
+    from codiemb_jax.config import MeshSettings
+    from codiemb_jax.sharding import compiler_options, make_mesh
+
+    options = compiler_options(make_mesh(MeshSettings()))
+    products = [jax.jit(product, compiler_options=options) for product in PRODUCTS]
 
     def run(number: int, arrays: list[Any]) -> None:
         products[number](*arrays).block_until_ready()

@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from rich.table import Table
 
 import codiemb_jax
 from codiemb_jax.batch import Task
-from codiemb_jax.config import ObjectiveSettings
+from codiemb_jax.config import MeshSettings, ObjectiveSettings
 from codiemb_jax.objectives.groups import Examples, Groups
 from codiemb_jax.objectives.registry import OBJECTIVES
+from codiemb_jax.sharding import compiler_options, make_mesh
 
 SMALL_DECODER = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
@@ -54,7 +56,7 @@ def seconds_of(task: Task, name: str, count: int, dim: int, group_size: int | No
     compute = OBJECTIVES[name][task].compute
     examples = random_examples(task, count, dim)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(make_mesh(MeshSettings())))
     def value_and_grad(queries: jax.Array, passages: jax.Array, middle: Any) -> Any:
         def loss(queries: jax.Array, passages: jax.Array, middle: Any) -> jax.Array:
             return compute(examples._replace(queries=queries, passages=passages, middle=middle), settings, groups)[0]

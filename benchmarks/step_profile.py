@@ -23,8 +23,8 @@ from training import run_codiemb_jax, write_data
 
 STEP = "jit_step"
 """The name of the compiled program of a step."""
-MATRIX_PRODUCTS = re.compile(r"ynn_fusion|dot(_general)?")
-"""Operations of matrix products, with what the compiler has fused into them."""
+MATRIX_PRODUCTS = re.compile(r"dot(_general)?")
+"""Operations of matrix products."""
 MOVES = re.compile(r"(bitcast|broadcast|concatenate|copy|dynamic|fusion|pad|slice|transpose|update|wrapped|[-_])+")
 """Operations that only move data, or fill memory."""
 

@@ -227,7 +227,7 @@ class Embedder:
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
     ) -> np.ndarray:
-        """Encodes texts.
+        """Encodes texts. Equal texts of a call are encoded once, so they have exactly the same embedding.
 
         Args:
           inputs: One text or several.
@@ -266,19 +266,17 @@ class Embedder:
     def embed_tokens(
         self, texts: Sequence[Tokens], batch_size: int = 32, show_progress_bar: bool | None = None
     ) -> np.ndarray:
-        """Encodes tokenized texts, float32 [texts, dim]; see `encode`.
-
-        Equal texts are encoded once, so that they have exactly the same embedding, whatever shares their batches.
-        """
+        """Encodes tokenized texts, float32 [texts, dim]; see `encode`."""
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size: expected a positive integer, found {batch_size!r}")
         vectors = np.empty((len(texts), self.get_embedding_dimension()), np.float32)
         if not texts:
             return vectors
         sources = _first_of_equals(texts)
-        unique = np.unique(sources)
+        is_first = sources == np.arange(len(texts))
+        unique = np.flatnonzero(is_first)
         batches = plan_batches(
-            np.array([texts[i].ids.size for i in unique]),
+            np.array([text.ids.size for text in texts])[unique],
             self.max_seq_length,
             max_rows=batch_size,
             shards=row_shards(self._mesh),
@@ -302,8 +300,7 @@ class Embedder:
                 _fetch(vectors, *pending.pop(0))
         for batch in pending:
             _fetch(vectors, *batch)
-        copies = np.flatnonzero(sources != np.arange(len(texts)))
-        vectors[copies] = vectors[sources[copies]]
+        vectors[~is_first] = vectors[sources[~is_first]]
         return vectors
 
     def get_embedding_dimension(self) -> int:
@@ -322,6 +319,7 @@ class Embedder:
 def _first_of_equals(texts: Sequence[Tokens]) -> np.ndarray:
     """Returns the index of the first text that is equal to each text, int [texts]."""
     first: dict[tuple[int, bytes], int] = {}
+    # Digests, because a dict of the texts themselves would take as much memory as they do.
     keys = ((text.content_start, blake2b(text.ids.tobytes(), digest_size=16).digest()) for text in texts)
     return np.array([first.setdefault(key, i) for i, key in enumerate(keys)])
 

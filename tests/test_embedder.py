@@ -16,6 +16,7 @@ from transformers import Qwen3Config, Qwen3Model
 import codiemb_jax
 from codiemb_jax import Embedder, UserError, embedder
 from codiemb_jax.config import MeshSettings
+from codiemb_jax.text.prompts import Tokens
 from codiemb_jax.train import main as train
 from convert.hf_to_orbax import main as hf_to_orbax
 from convert.orbax_to_hf import main as orbax_to_hf
@@ -181,6 +182,13 @@ def test_equal_texts_have_exactly_the_same_embedding(published, monkeypatch):
         same = vectors[[other == text for other in texts]]
         assert np.all(same == same[0])
     np.testing.assert_allclose(vectors, [published.encode(text) for text in texts], atol=1e-5)
+
+
+def test_equal_tokens_with_another_content_start_have_another_embedding(published):
+    ids = published.tokenizer.tokenize([TEXTS[0]], "", 64)[0].ids
+    vectors = published.embed_tokens([Tokens(ids, 0), Tokens(ids, 3), Tokens(ids.copy(), 0)])
+    assert np.all(vectors[0] == vectors[2])
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01
 
 
 def test_program_leaves_out_ynnpack(published, monkeypatch):

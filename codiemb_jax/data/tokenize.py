@@ -147,7 +147,8 @@ class LineTokenizer:
         """
         positives = np.array([len(record.positives) for record in batch], np.int32)
         negatives = np.array([len(record.negatives) for record in batch], np.int32)
-        queries = np.cumsum(1 + positives + negatives) - (1 + positives + negatives)
+        counts = 1 + positives + negatives
+        queries = np.cumsum(counts) - counts
         # Passages are tokenized without their task instruction, so it does not distinguish them either.
         hashes = [Triple("", passage.instance, passage.text).hash() for record in batch for passage in record.passages]
         self._index.append({
@@ -160,7 +161,7 @@ class LineTokenizer:
         })  # fmt: skip
         # Splitting the arrays of the batch is faster than joining those of each example.
         by_example = (
-            np.split(texts.ids, np.cumsum(np.add.reduceat(texts.lengths, queries))[:-1]),
+            np.split(texts.ids, np.cumsum(texts.lengths)[queries[1:] - 1]),
             np.split(texts.lengths, queries[1:]),
             np.split(texts.content_starts, queries[1:]),
         )

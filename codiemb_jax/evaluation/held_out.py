@@ -189,7 +189,7 @@ class HeldOutBeir:
     """A BEIR folder and the queries that have judgments. Its corpus is embedded in blocks, of which only ids are kept.
 
     Metrics do not depend on the order of the corpus, unless it has more than `VECTORS_PER_BLOCK` documents and some
-    with exactly the same cosine are at rank `CUT`.
+    have the same cosine: up to rounding if they are in different blocks, exactly if they are at rank `CUT`.
     """
 
     name: str
@@ -234,7 +234,8 @@ class HeldOutSTS:
 
     def score(self, embedder: Embedder, batch_size: int = 32) -> dict[str, float]:
         """Returns the correlations between cosine similarities and scores."""
-        first, second = (_unit_embeddings(embedder, texts, batch_size) for texts in (self.first, self.second))
+        both = _unit_embeddings(embedder, [*self.first, *self.second], batch_size)
+        first, second = np.split(both, 2)
         return similarity_metrics(np.sum(first * second, axis=1), self.scores)
 
     @property
