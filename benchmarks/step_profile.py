@@ -3,7 +3,9 @@
     pip install -e ".[test,benchmark]" && python benchmarks/step_profile.py --work models/benchmark
 
 Runs the training program on the model and the texts of benchmarks/training.py under the profiler of JAX, and adds up
-the time that its threads spend in each kind of operation of the compiled steps.
+the time that its threads spend in each kind of operation of the compiled steps. The profiler does not attribute all of
+the work of matrix products to them, because XLA hands it to other threads: their share is too small, and only the
+shares of the other operations can be compared with each other.
 """
 
 import argparse
