@@ -57,8 +57,8 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     """Returns the compiler options of programs that run a model on a mesh.
 
     On CPUs, they leave out YNNPACK. With two cores, its batched products, those of attention, take up to twice as long
-    as Eigen's, and whole steps of the models measured are no slower without it. With jax 0.12, it also sums bfloat16 products in
-    bfloat16. JAX takes such options only for an outermost `jax.jit`.
+    as Eigen's, and whole steps of the models measured are no slower without it. With jax 0.12, it also sums bfloat16
+    products in bfloat16. JAX takes such options only for an outermost `jax.jit`.
     """
     return {"xla_cpu_experimental_ynn_fusion_type": ""} if mesh.devices.flat[0].platform == "cpu" else {}
 
