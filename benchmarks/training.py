@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 TEMPERATURE, LEARNING_RATE = 0.02, 1e-5
+BASELINE = "transformers"
 LIMIT, TORCH_LIMIT = "limit", "PyTorch's limit"
 """Measured like trainers, in processes of their own."""
 WARMUP_STEPS = 2
@@ -238,12 +239,13 @@ def run_torch_limit(options: argparse.Namespace) -> dict[str, Any]:
 TRAINERS = {
     "codiemb_jax, packed": lambda options: run_codiemb_jax(options, packing=True),
     "codiemb_jax, padded": lambda options: run_codiemb_jax(options, packing=False),
-    "transformers": run_transformers,
+    BASELINE: run_transformers,
     "sentence-transformers": run_sentence_transformers,
     LIMIT: run_limit,
     TORCH_LIMIT: run_torch_limit,
 }
-TORCH = ("transformers", "sentence-transformers", TORCH_LIMIT)
+TORCH = (BASELINE, "sentence-transformers", TORCH_LIMIT)
+COMPARED = [name for name in TRAINERS if name not in (BASELINE, LIMIT, TORCH_LIMIT)]
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -297,6 +299,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument("--equal", action="store_true", help="make all texts as long as --max-tokens")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of computation")
+    parser.add_argument(
+        "--compare", nargs="+", choices=COMPARED, default=COMPARED, metavar="NAME",
+        help="trainers to compare with the plain loop (default: all): " + "; ".join(COMPARED),
+    )  # fmt: skip
     parser.add_argument("--trainer", choices=TRAINERS, help="run only this trainer, in this process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args()
@@ -311,15 +317,16 @@ def main() -> None:
     write_data(
         options.work / "data.jsonl", options.model, options.queries * options.steps, options.max_tokens, options.equal
     )
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in TRAINERS}
+    names = [name for name in TRAINERS if name not in COMPARED or name in options.compare]
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(options.rounds):
-        for name in TRAINERS:
+        for name in names:
             rounds[name].append(measure(options, name))
     limits, torch_limits = rounds.pop(LIMIT), rounds.pop(TORCH_LIMIT)
     limit = {name: float(np.median([limit[name] for limit in limits])) for name in ("rate", "flops_per_token")}
     peak = limits[0]["peak"]
     results = {name: summarize(name, results) for name, results in rounds.items()}
-    baseline = results["transformers"]
+    baseline = results[BASELINE]
     table = Table("trainer", "first loss", "padding", "tokens/s", "rounds", "ratio", "1/(1-p)", "of limit", "MFU")
     for name, result in results.items():
         rate = result["tokens_per_second"] * limit["flops_per_token"]
