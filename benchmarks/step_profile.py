@@ -3,13 +3,13 @@
     pip install -e ".[test,benchmark]" && python benchmarks/step_profile.py --work models/benchmark
 
 Runs the training program on the model and the texts of benchmarks/training.py under the profiler of JAX, and adds up
-the time that its threads spend in each kind of operation of the compiled steps. The profiler does not attribute all of
-the work of matrix products to them, because XLA hands it to other threads: their share is too small, and only the
-shares of the other operations can be compared with each other.
+the time of each kind of operation of the compiled steps. XLA uses one thread, because the profiler does not know which
+operation other threads work for.
 """
 
 import argparse
 import json
+import os
 import re
 import tempfile
 from collections import Counter
@@ -72,6 +72,7 @@ def main() -> None:
     if not options.model.exists():
         write_model(options.model)
     write_data(options.work / "data.jsonl", options.model, options.queries * options.steps, options.max_tokens, False)
+    os.environ["NPROC"] = "1"  # read by XLA
     profiler = ProfileOptions()
     profiler.python_tracer_level = 0
     with tempfile.TemporaryDirectory(dir=options.work) as folder:

@@ -1,7 +1,6 @@
 """Shared parts of the decoder and the encoder: parameter initializers, dropout, and the scan over layers."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -30,36 +29,11 @@ def zeros(**axes: int) -> nnx.Param:
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns x @ weight, for x of [rows, tokens, inputs] and weight of [inputs, outputs] in the same dtype.
 
-    The gradient of the weight is a product over all tokens. On CPUs, XLA transposes its left operand, in the same loop
-    that computes it, which is slow for large operands. Therefore the smaller operand is on the left.
+    Rows and tokens are one axis of the product. With two of them, the gradient of the weight would sum over both, and
+    for that XLA transposes an operand in memory on CPUs.
     """
-    # The backward pass is traced later, when the default precision may be another.
-    return _linear(x, weight, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x: jax.Array, weight: jax.Array, precision: Any) -> jax.Array:
-    return jnp.matmul(x, weight, precision=precision)
-
-
-def _linear_forward(x: jax.Array, weight: jax.Array, precision: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Not `_linear`, inside which rematerialization policies would not see the product.
-    return jnp.matmul(x, weight, precision=precision), (x, weight)
-
-
-def _linear_backward(
-    precision: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, weight = saved
-    over_tokens = (((0, 1), (0, 1)), ((), ()))
-    if x.shape[-1] <= gradient.shape[-1]:
-        d_weight = jax.lax.dot_general(x, gradient, over_tokens, precision=precision)
-    else:
-        d_weight = jax.lax.dot_general(gradient, x, over_tokens, precision=precision).T
-    return jnp.einsum("rto,io->rti", gradient, weight, precision=precision), d_weight
-
-
-_linear.defvjp(_linear_forward, _linear_backward)
+    rows, tokens, inputs = x.shape
+    return (x.reshape(rows * tokens, inputs) @ weight).reshape(rows, tokens, -1)
 
 
 class Projection(nnx.Module):
