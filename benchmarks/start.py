@@ -21,7 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 ONE_STEP = ("--optimizer.max_steps", "1", "--export", "false", "--evaluation.ir", "[]", "--evaluation.sts", "[]")
-IMPORTS = "import codiemb_jax.embedder, codiemb_jax.evaluation.held_out, codiemb_jax.training.loop"
+IMPORTS = """
+from codiemb_jax.program import loading_modules
+with loading_modules():
+    import codiemb_jax.embedder, codiemb_jax.evaluation.held_out, codiemb_jax.training.loop
+"""
 
 
 def run_first_step(options: argparse.Namespace, flags: list[str]) -> float:

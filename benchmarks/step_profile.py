@@ -3,8 +3,8 @@
     pip install -e ".[test,benchmark]" && python benchmarks/step_profile.py --work models/benchmark
 
 Runs the training program on the model and the texts of benchmarks/training.py under the profiler of JAX, and adds up
-the time of each kind of operation of the compiled steps. XLA uses one thread, because the profiler does not know which
-operation other threads work for.
+the time of each kind of operation of the compiled steps. XLA uses one thread, because the profiler cannot tell which
+operation other threads work on.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
     if not options.model.exists():
         write_model(options.model)
     write_data(options.work / "data.jsonl", options.model, options.queries * options.steps, options.max_tokens, False)
-    os.environ["NPROC"] = "1"  # read by XLA
+    os.environ["NPROC"] = "1"  # XLA reads it when it starts, which it has not yet
     profiler = ProfileOptions()
     profiler.python_tracer_level = 0
     with tempfile.TemporaryDirectory(dir=options.work) as folder:

@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of computation")
     parser.add_argument(
         "--compare", nargs="+", choices=COMPARED, default=COMPARED, metavar="NAME",
-        help="trainers to compare with the plain loop (default: all): " + "; ".join(COMPARED),
+        help=f"trainers to compare with the plain loop, of {COMPARED} (default: all)",
     )  # fmt: skip
     parser.add_argument("--trainer", choices=TRAINERS, help="run only this trainer, in this process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")

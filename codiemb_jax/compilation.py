@@ -47,12 +47,18 @@ def use_compilation_cache() -> None:
 
 
 def _processor() -> str:
-    """Returns a name for the processor: XLA uses all its instructions, which another machine may not have."""
+    """Returns a name for the processor and its cores.
+
+    XLA uses all instructions, which another machine may not have, and splits loops into as many parts as there are
+    cores, or as NPROC says. JAX distinguishes neither.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     except OSError:  # not Linux
         features = [platform.processor()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    features.append(os.environ.get("NPROC", str(cores)))
     return hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
 
 

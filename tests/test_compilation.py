@@ -54,6 +54,16 @@ def test_folder_is_private(cache, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_programs_for_another_number_of_cores_are_kept_apart(cache, monkeypatch):
+    folders = set()
+    for cores in ("1", "2"):  # XLA compiles for this number of threads
+        monkeypatch.setenv("NPROC", cores)
+        jax.config.update("jax_compilation_cache_dir", None)
+        use_compilation_cache()
+        folders.add(jax.config.jax_compilation_cache_dir)
+    assert len(folders) == 2
+
+
 def test_configuration_of_jax_has_precedence(cache, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)

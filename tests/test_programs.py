@@ -1,5 +1,6 @@
 """Tests of programs in subprocesses: which modules they import, and how they handle interrupts."""
 
+import gc
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from codiemb_jax.program import exit_code
+from codiemb_jax.program import exit_code, loading_modules
 from tests.processes import free_port
 
 PROGRAMS = {
@@ -92,6 +93,32 @@ def test_interrupt_during_imports_prints_no_traceback(seconds, tmp_path: Path):
     assert "Traceback" not in error
     assert process.returncode in (130, 2)  # 2 if the missing model was found before the interrupt
     assert not (tmp_path / "run").exists()
+
+
+def test_garbage_is_collected_again_after_imports():
+    with pytest.raises(ImportError), loading_modules():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with loading_modules():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_what_a_program_imports_is_frozen_but_not_the_garbage_of_a_user_of_jax():
+    program = (
+        "import gc\nfrom codiemb_jax.program import loading_modules\n"
+        "with loading_modules():\n    import jax\n"
+        "frozen = gc.get_freeze_count()\n"
+        "with loading_modules():\n    import transformers\n"
+        "print(frozen > 10_000, gc.get_freeze_count() == frozen)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.stdout.split() == ["True", "True"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])

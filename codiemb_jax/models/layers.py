@@ -33,7 +33,7 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     for that XLA transposes an operand in memory on CPUs.
     """
     rows, tokens, inputs = x.shape
-    return (x.reshape(rows * tokens, inputs) @ weight).reshape(rows, tokens, -1)
+    return (x.reshape(rows * tokens, inputs) @ weight).reshape(rows, tokens, weight.shape[1])
 
 
 class Projection(nnx.Module):
