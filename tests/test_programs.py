@@ -115,7 +115,7 @@ def test_what_a_program_imports_is_frozen_but_not_the_garbage_of_a_user_of_jax()
         "with loading_modules():\n    import jax\n"
         "frozen = gc.get_freeze_count()\n"
         "with loading_modules():\n    import transformers\n"
-        "print(frozen > 10_000, gc.get_freeze_count() == frozen)"
+        "print(frozen > 10_000, gc.get_freeze_count() <= frozen)"  # some are freed
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
     assert done.stdout.split() == ["True", "True"]
