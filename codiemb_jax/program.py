@@ -99,7 +99,7 @@ def loading_modules() -> Iterator[None]:
         os._exit(exit_code(INTERRUPTS[number]()))
 
     previous = {number: signal.signal(number, stop) for number in INTERRUPTS}
-    # A process that already uses JAX may have arrays in garbage.
+    # A process that already uses JAX may have garbage that holds arrays, which freezing would keep.
     freezes, collects = "jax" not in sys.modules, gc.isenabled()
     gc.disable()
     try:

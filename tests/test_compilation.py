@@ -55,13 +55,19 @@ def test_folder_is_private(cache, capsys):
 
 
 def test_programs_for_another_number_of_cores_are_kept_apart(cache, monkeypatch):
-    folders = set()
-    for cores in ("1", "2"):  # XLA compiles for this number of threads
-        monkeypatch.setenv("NPROC", cores)
+    def folder() -> str:
         jax.config.update("jax_compilation_cache_dir", None)
         use_compilation_cache()
-        folders.add(jax.config.jax_compilation_cache_dir)
-    assert len(folders) == 2
+        return jax.config.jax_compilation_cache_dir
+
+    monkeypatch.delenv("NPROC", raising=False)
+    folders = []
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        folders.append(folder())
+    assert folders[0] != folders[1]
+    monkeypatch.setenv("NPROC", "1")  # XLA uses it instead
+    assert folder() == folders[0]
 
 
 def test_configuration_of_jax_has_precedence(cache, monkeypatch):
