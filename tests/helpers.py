@@ -1,7 +1,6 @@
 """Helpers shared by tests: settings, training runs and comparison of folders."""
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +77,3 @@ def sentence_transformer(folder: Path) -> "SentenceTransformer":
     return SentenceTransformer(
         str(folder), device="cpu", trust_remote_code=False, local_files_only=True, model_kwargs={"dtype": "float32"}
     )
-
-
-def ynnpack_operations(compiled: str) -> set[str]:
-    """Returns the names of the HLO operations that a compiled program runs in YNNPACK, such as dot and reduce."""
-    bodies = dict(re.findall(r"^%(\S+) \(.*?\{\n(.*?)^\}", compiled, re.MULTILINE | re.DOTALL))
-    fusions = re.findall(r"kind=kCustom, calls=%([\w.]+),.*__ynn_fusion", compiled)
-    operation = re.compile(r"^ .* = \S+ ([\w-]+)\(", re.MULTILINE)
-    return {name for fusion in fusions for name in operation.findall(bodies[fusion])}
