@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codiemb_jax.config import MeshSettings
 from codiemb_jax.models.layers import linear
-from codiemb_jax.sharding import compiler_options, make_mesh
+from codiemb_jax.sharding import compiler_options, cpu_mesh
 
 
 def test_product_and_gradients_match_numpy():
@@ -28,5 +27,5 @@ def test_gradient_transposes_no_operand_in_memory(product: Callable, transposes:
         return jnp.sum(jnp.sin(product(jnp.tanh(x), weight)))
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(jnp.ones((8, 64, 128)), jnp.ones((128, 32)))
-    compiled = gradient.compile(compiler_options=compiler_options(make_mesh(MeshSettings()))).as_text()
+    compiled = gradient.compile(compiler_options=compiler_options(cpu_mesh())).as_text()
     assert bool(re.search(r" transpose\(", compiled)) == transposes
