@@ -1,6 +1,6 @@
 """Benchmarks the two forms of InfoNCE, all scores at once (dense) and tile by tile around a ring of devices.
 
-    pip install -e ".[tpu]" && python benchmarks/info_nce.py --json info_nce.json
+    pip install -e ".[preflight]" && python benchmarks/info_nce.py --json info_nce.json
 
 The loss and its gradients with respect to all embeddings, in float32, with 1 positive and 7 negatives per query, and
 duplicates masked as in training.

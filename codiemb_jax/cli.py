@@ -11,7 +11,7 @@ PROGRAMS = {
     "train": ("codiemb_jax.train", "fine-tune a model, or continue a run that was stopped"),
     "convert-data": ("codiemb_jax.convert_data", "convert tables and BEIR folders into training data"),
     "prepare": ("codiemb_jax.prepare", "tokenize the data of a configuration ahead of time"),
-    "preflight": ("codiemb_jax.preflight", "tell whether a configuration fits on some devices"),
+    "preflight": ("codiemb_jax.preflight", "check whether a configuration fits on the given devices"),
     "evaluate": ("codiemb_jax.evaluate", "evaluate a model on held-out data"),
     "encode": ("codiemb_jax.encode", "encode the texts of a file"),
     "mine": ("codiemb_jax.mine", "mine hard negatives for retrieval data"),

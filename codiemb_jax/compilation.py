@@ -80,6 +80,7 @@ def _problem(folder: Path) -> str | None:
 def _is_private_group(group: int, user: int) -> bool:
     """Whether only the user is in a group: many systems give each user a group of the same name."""
     try:
-        return grp.getgrgid(group).gr_name == pwd.getpwuid(user).pw_name
+        entry, name = grp.getgrgid(group), pwd.getpwuid(user).pw_name
+        return entry.gr_name == name and set(entry.gr_mem) <= {name}
     except KeyError:
         return False

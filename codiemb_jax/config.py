@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from codiemb_jax.batch import Task
+from codiemb_jax.batch import StepTask, Task
 from codiemb_jax.files import local_path
 from codiemb_jax.remote import Location, is_remote, remote_path
 
@@ -119,7 +119,7 @@ class ModelSettings(Section):
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of activations and matrix products. On a CPU, the default is float32."""
     param_dtype: Literal["bfloat16", "float32"] = "float32"
-    """dtype of the master weights and, by default, of the optimizer's moments."""
+    """dtype of the master weights. bfloat16 loses updates of less than about 0.4 % of a weight."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: nothing, everything except products with weight matrices and, with splash and
     on CPUs, attention (dots), or whole layers."""
@@ -187,7 +187,7 @@ class DataSettings(Section):
                 f"sampler: {self.sampler} requires one batch size: set ir_global_batch_size and sts_global_batch_size "
                 "to the same value"
             )
-        longest = max(self.query_max_tokens, self.passage_max_tokens)
+        longest = self.max_tokens()
         if self.row_tokens is not None and not self.packing:
             raise ValueError("row_tokens requires packing: true")
         if self.row_tokens is not None and self.row_tokens < longest:
@@ -205,6 +205,10 @@ class DataSettings(Section):
             raise ValueError("ir_share requires steps of a single task: set sampler to dynamic or single")
         return self
 
+    def max_tokens(self, task: StepTask = "mixed") -> int:
+        """Returns the maximum number of tokens of a text in steps of a task. Both texts of an STS pair are queries."""
+        return self.query_max_tokens if task == "sts" else max(self.query_max_tokens, self.passage_max_tokens)
+
 
 class ObjectiveSettings(Section):
     ir: Literal["info_nce", "cosent"] = "info_nce"
@@ -217,7 +221,8 @@ class ObjectiveSettings(Section):
     ir_pool_size: PositiveInt | None = None
     """Number of queries that share their passages as candidates; null: the whole global batch."""
     mask_duplicates: Flag = True
-    """In info_nce for retrieval, passages with the same text as a positive of a query are no negatives for it."""
+    """In info_nce for retrieval, passages with the same text as a positive of a query are not used as negatives for
+    it."""
     sts_list_size: PositiveInt | None = 32
     """Number of pairs that are ranked with each other; null: the whole global batch."""
     list_temperature: PositiveFloat = 0.05
@@ -256,7 +261,7 @@ class OptimizerSettings(Section):
     clip_norm: PositiveFloat | None = None
     """Maximum global gradient norm; null disables clipping."""
     moments_dtype: Literal["bfloat16"] | None = None
-    """dtype of AdamW's first moment; null: model.param_dtype, which the second moment always has."""
+    """dtype of AdamW's first moment; null: float32, which the second moment always has."""
     offload: Flag = False
     """Keep AdamW's moments in pinned host memory and move them to the devices for each update. The results are the
     same."""

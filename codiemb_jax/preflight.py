@@ -1,4 +1,4 @@
-"""Tells whether the training steps of a configuration fit on some devices, and how fast they could be at most.
+"""Checks whether the training steps of a configuration fit on the given devices, and how fast they could be at most.
 
 Compiles the steps for the devices of this machine or, with --topology, for a TPU slice, which needs the extra
 `preflight` but no TPU. Reads neither weights nor data: texts are assumed to be as long as in retrieval data (queries

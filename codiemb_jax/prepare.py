@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m codiemb_
         check_runner(options.beam)
     files = find_data(settings)
     check_cache(settings.output_dir, [path for task in TASKS for path in getattr(settings.data, task)])
-    max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
+    max_tokens = settings.data.max_tokens()
     # Nothing is computed here, so this machine need not have what the attention backend needs.
     model_settings = settings.model.model_copy(update={"attention_backend": "auto"})
     model = open_model(model_settings, settings.prompt, cpu_mesh(), max_tokens)

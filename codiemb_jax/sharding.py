@@ -97,7 +97,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(shape: tuple[int, ...], sharding: Sharding, block: Callable[[Any], np.ndarray]) -> jax.Array:
-    """Does the same as `jax.make_array_from_callback`, also under a transfer guard, which treats that as implicit."""
+    """Like `jax.make_array_from_callback`, but allowed under a transfer guard, which calls its transfers implicit."""
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(shape, sharding, block)
 

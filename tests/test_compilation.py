@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,16 @@ def test_group_that_only_the_user_is_in_may_write(private, cache, capsys, monkey
     use_compilation_cache()
     assert (jax.config.jax_compilation_cache_dir is not None) == private
     assert ("other users can replace folders in" in capsys.readouterr().err) != private
+
+
+@pytest.mark.parametrize(
+    ("name", "members", "private"),
+    [("alice", [], True), ("alice", ["alice"], True), ("alice", ["alice", "bob"], False), ("staff", [], False)],
+)
+def test_group_of_the_same_name_is_private_without_other_members(name, members, private, monkeypatch):
+    monkeypatch.setattr(compilation.grp, "getgrgid", lambda group: SimpleNamespace(gr_name=name, gr_mem=members))
+    monkeypatch.setattr(compilation.pwd, "getpwuid", lambda user: SimpleNamespace(pw_name="alice"))
+    assert compilation._is_private_group(1, 1) == private
 
 
 DAMAGES = {

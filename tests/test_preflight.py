@@ -94,6 +94,18 @@ def test_state_bytes_are_those_of_a_real_state(changes, golden, tmp_path):
         assert state_bytes(settings, model.abstract) == (sum(s.data.nbytes for s in shards if s.device == device), 0)
 
 
+@pytest.mark.parametrize(("query_max_tokens", "passage_max_tokens"), [(16, 128), (128, 16)])
+def test_padded_pairs_have_rows_of_query_length(query_max_tokens, passage_max_tokens, golden, tmp_path):
+    data = {
+        "sts": ["data"], "packing": False, "query_max_tokens": query_max_tokens,
+        "passage_max_tokens": passage_max_tokens,
+    }  # fmt: skip
+    settings = Settings.model_validate(golden_settings(golden, tmp_path, data=data))
+    _, shapes = Preflight(settings, jax.devices()[:1]).trace(settings, "sts")
+    # The longest of the texts drawn reaches 16 tokens, and three quarters of 128.
+    assert shapes.layout.row_length in ({16} if query_max_tokens == 16 else {64, 96})
+
+
 @pytest.fixture
 def compiled(golden, tmp_path, monkeypatch):
     """Returns a function that looks for a change with which a step fits, and what it tried; nothing is compiled."""

@@ -64,7 +64,7 @@ def write_with_beam(file: DataFile, parts: Sequence[Lines], folder: Path, runner
             raise
     for path in paths:
         yield Outcome.load(path)
-    shutil.rmtree(outcomes)  # with what workers that were restarted have left
+    shutil.rmtree(outcomes)  # including leftovers of restarted workers
 
 
 def _outcome_path(folder: Path, lines: Lines) -> Path:

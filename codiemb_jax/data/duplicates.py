@@ -6,6 +6,7 @@ import numpy as np
 
 from codiemb_jax.batch import PassageTexts
 from codiemb_jax.data.index import Index
+from codiemb_jax.text.rows import ragged_ranges
 
 MIN_POSITIVES = 4
 """Minimum number of positives per example. More are rarely in one batch, and a step is compiled for each number."""
@@ -36,5 +37,5 @@ def find_texts(parts: Sequence[tuple[Index, np.ndarray, np.ndarray]]) -> Passage
     counts = np.bincount(examples, minlength=counts.size)
     width = max(MIN_POSITIVES, 1 << (int(counts.max()) - 1).bit_length())
     by_example = np.full((counts.size, width), -2, np.int32)
-    by_example[examples, np.arange(numbers.size) - np.repeat(np.cumsum(counts) - counts, counts)] = numbers
+    by_example[examples, ragged_ranges(np.zeros_like(counts), counts)] = numbers
     return PassageTexts(texts, by_example)

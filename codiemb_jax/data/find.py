@@ -37,10 +37,11 @@ def find_files(locations: Sequence[Location], setting: str) -> list[Path]:
             path = location
             status = path.stat()
             if stat.S_ISDIR(status.st_mode):
-                found = [file for file in path.rglob("*") if _is_data_file(file.name) and file.is_file()]
-                if not found:
+                found, found_problems = _search(path)
+                if not found and not found_problems:
                     problems.append(f"{path}: the folder contains no .json or .jsonl files")
                 files += found
+                problems += found_problems
             elif not stat.S_ISREG(status.st_mode):  # reading a pipe would block, and works only once
                 problems.append(f"{path}: not a file or folder")
             elif not _is_data_file(path.name):
@@ -74,6 +75,33 @@ def find_files(locations: Sequence[Location], setting: str) -> list[Path]:
         raise UserError(f"{setting}:\n{format_problems(problems)}")
     # By their addresses, so that the order does not depend on where the cache is.
     return sorted(files, key=lambda file: original(file, cache).parts)
+
+
+def _search(folder: Path) -> tuple[list[Path], list[str]]:
+    """Finds data files in a folder and those below it, linked ones included. Nothing is skipped silently.
+
+    Returns:
+      The files, and what is wrong with files and folders that cannot be read.
+    """
+    files: list[Path] = []
+    problems: list[str] = []
+    visited: set[tuple[int, int]] = set()  # a link may lead back to a folder above it
+
+    def add_error(error: OSError) -> None:
+        problems.append(f"{error.filename}: cannot be read: {error.strerror}")
+
+    for name, folders, names in os.walk(folder, followlinks=True, onerror=add_error):
+        status = Path(name).stat()
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        for path in (Path(name, file) for file in names if _is_data_file(file)):
+            if path.is_file():
+                files.append(path)
+            else:
+                problems.append(f"{path}: {'not a file' if path.exists() else 'the link leads nowhere'}")
+    return files, problems
 
 
 def _fetch_files(location: epath.Path, cache: Path) -> list[Path]:

@@ -18,6 +18,7 @@ import numpy as np
 from codiemb_jax.data.column import Column, ColumnWriter
 from codiemb_jax.errors import UserError, shorten
 from codiemb_jax.files import read_json, write_json
+from codiemb_jax.text.rows import ragged_ranges
 
 INDEX = "index"
 """Name of the folder of the index."""
@@ -201,9 +202,7 @@ class Index:
         """
         with read_errors(self.folder):
             counts, starts = self.positives[examples], self.passage_offsets[examples]
-            ends = np.cumsum(counts)
-            rows = np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
-            return counts, self.passage_hashes[rows]
+            return counts, self.passage_hashes[ragged_ranges(starts, counts)]
 
 
 class IndexWriter:

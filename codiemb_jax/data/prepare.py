@@ -1,6 +1,7 @@
 """Prepares data files: tokenizes them into a cache of ArrayRecord datasets with an index."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -9,10 +10,11 @@ import socket
 import sys
 import tempfile
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from etils import epath
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -38,6 +40,9 @@ processors."""
 
 MIN_PART_BYTES, MAX_PART_BYTES = 2**21, 2**25
 """Bounds of the number of bytes that a process tokenizes at a time, and that become one part of the dataset."""
+
+LOCK = "lock"
+"""Name of the file in a temporary folder that its process keeps locked."""
 
 
 def prepare(
@@ -91,15 +96,16 @@ def prepare(
             raise UserError(f"{folder}: is not a folder; move it away")
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            # The host and the process id in the name distinguish leftovers of killed processes from folders in use.
+            # Other hosts may share the cache, but not all file systems share locks.
             prefix = f".{folder.name}.{socket.gethostname().replace('.', '-')}."
             _remove_leftovers(cache, prefix)
-            scratch = tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}.", dir=cache)
+            scratch = tempfile.TemporaryDirectory(prefix=prefix, dir=cache)
+            lock = FileLock(Path(scratch.name) / LOCK).acquire()
         except OSError as error:
             raise UserError(
                 f"the cache {cache} cannot be written ({error}); set CODIEMB_JAX_CACHE to another folder"
             ) from error
-        with scratch:
+        with scratch, lock:
             unfinished = Path(scratch.name) / "unfinished"
             try:
                 copied = shared is not None and _copy_shared(path, task, shared / folder.name, unfinished)
@@ -167,24 +173,11 @@ def _move_into_place(unfinished: Path, folder: Path) -> None:
 
 
 def _remove_leftovers(cache: Path, prefix: str) -> None:
-    """Removes temporary folders that killed processes of this host left for the same dataset."""
-    for leftover in cache.iterdir():
-        process_id = leftover.name.removeprefix(prefix).split(".")[0]
-        if leftover.name.startswith(prefix) and process_id.isdecimal() and len(process_id) < 10:
-            process = int(process_id)
-            # A restarted container reuses process ids, so a folder with the current id is also a leftover.
-            if process == os.getpid() or not _is_running(process):
+    """Removes temporary folders that killed processes of this host left for the same dataset, so that nobody locks."""
+    for leftover in cache.glob(f"{glob.escape(prefix)}*"):
+        if (leftover / LOCK).is_file() and not leftover.is_symlink():
+            with suppress(OSError, Timeout), FileLock(leftover / LOCK).acquire(blocking=False):
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def write_dataset(file: DataFile, folder: Path, beam_runner: str | None) -> None:
@@ -196,7 +189,8 @@ def write_dataset(file: DataFile, folder: Path, beam_runner: str | None) -> None
     line_problems: list[str] = []
     text_problems: list[str] = []
     empty = True
-    with IndexWriter(folder, file.query_max_tokens, file.passage_max_tokens) as index:
+    limits = (file.query_max_tokens, file.query_max_tokens if file.task == "sts" else file.passage_max_tokens)
+    with IndexWriter(folder, *limits) as index:
         with closing(_write_parts(file, folder, beam_runner)) as outcomes:
             for outcome in outcomes:
                 line_problems += outcome.line_problems

@@ -64,7 +64,7 @@ class BatchStream:
     """An infinite stream of batches from some of the datasets.
 
     In each round, every dataset is shuffled and split into batches, which are then shuffled across datasets.
-    Leftover examples are not used until the next round. Nothing of this is stored: every position of an order is
+    Leftover examples are not used until the next round. None of this is stored: every position of an order is
     computed when it is needed, so time and memory do not grow with the datasets.
     """
 
@@ -192,8 +192,7 @@ class Plan:
     def _step(self, number: int, task: StepTask, parts: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> StepPlan:
         """Assembles a plan from (dataset, examples, passages) parts."""
         settings = self.settings
-        limits = {"ir": max(settings.query_max_tokens, settings.passage_max_tokens), "sts": settings.query_max_tokens}
-        limit = limits.get(task, limits["ir"])
+        limit = settings.max_tokens(task)
         lengths = np.concatenate(
             [self.sources[source].index.lengths(examples, passages, limit) for source, examples, passages in parts]
         )

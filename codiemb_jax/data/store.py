@@ -11,7 +11,7 @@ import numpy as np
 from codiemb_jax.batch import Task
 from codiemb_jax.data.index import Index, Totals, read_errors
 from codiemb_jax.files import read_json
-from codiemb_jax.text.rows import Texts
+from codiemb_jax.text.rows import Texts, ragged_ranges
 
 BUILDER, BUILDER_VERSION = "tokenized_texts", "2.0.0"
 """Name and version of the TensorFlow Datasets builder in `records`, which names the folders of each part."""
@@ -72,7 +72,7 @@ class PreparedDataset:
         is_passage = np.ones(int(counts.sum()) + counts.size, bool)
         is_passage[queries] = False
         expected = np.empty(is_passage.size, np.int32)
-        rows = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        rows = ragged_ranges(starts, counts)
         with read_errors(self.folder):
             expected[queries] = index.query_tokens[examples]
             expected[is_passage] = index.passage_tokens[rows]

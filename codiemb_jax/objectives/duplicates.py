@@ -1,4 +1,4 @@
-"""Which passages have the same text as a positive of a query, and are therefore no negatives for it."""
+"""Which passages have the same text as a positive of a query, and are therefore not used as negatives for it."""
 
 import jax
 import jax.numpy as jnp

@@ -31,8 +31,7 @@ class Texts(NamedTuple):
         """Returns the texts at some indices, in their order."""
         lengths = self.lengths[indices].astype(np.int64)
         starts = (np.cumsum(self.lengths, dtype=np.int64) - self.lengths)[indices]
-        index = np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-        return Texts(self.ids[index], lengths, self.content_starts[indices])
+        return Texts(self.ids[ragged_ranges(starts, lengths)], lengths, self.content_starts[indices])
 
     def split(self) -> list[Tokens]:
         """Returns the texts one by one."""
@@ -41,6 +40,12 @@ class Texts(NamedTuple):
             Tokens(self.ids[end - length : end], int(start))
             for end, length, start in zip(ends, self.lengths, self.content_starts, strict=True)
         ]
+
+
+def ragged_ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns `start, ..., start + count - 1` for each start and count, one range after the other, int64 [sum]."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.arange(ends[-1] if ends.size else 0) + np.repeat(starts - (ends - counts), counts)
 
 
 def lay_out(texts: Texts, rows: np.ndarray, num_rows: int, row_length: int) -> tuple[TokenRows, np.ndarray]:
@@ -67,7 +72,7 @@ def lay_out(texts: Texts, rows: np.ndarray, num_rows: int, row_length: int) -> t
     slots[order] = np.arange(rows.size) - first
     starts = np.cumsum(lengths[order]) - lengths[order]
     columns[order] = starts - starts[first]
-    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    positions = ragged_ranges(np.zeros_like(lengths), lengths)
     index = np.repeat(rows * row_length + columns, lengths) + positions
     fields["tokens"].ravel()[index] = texts.ids
     fields["positions"].ravel()[index] = positions

@@ -76,7 +76,7 @@ class Preflight:
         self._devices, self._chip = devices, chip_of(devices[0])
         hf = model_config(settings.model.path)
         self._family = get_family(hf)
-        max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
+        max_tokens = settings.data.max_tokens()
         path = Path(settings.model.path) / "config.json"
         self._config = adapt_config(self._family.read_config(hf), self._family, settings.model, max_tokens, path)
         self._check(self.settings)
@@ -144,7 +144,7 @@ class Preflight:
             longest = min(data.passage_max_tokens, LONGEST_PASSAGE)
             queries = text_lengths(random, (examples, 1), *QUERY_TOKENS, data.query_max_tokens)
             lengths = np.hstack([queries, text_lengths(random, (examples, passages), *PASSAGE_TOKENS, longest)])
-        limit = max(data.query_max_tokens, data.passage_max_tokens)
+        limit = data.max_tokens(task)
         group_size = examples // row_shards(mesh) if task == "mixed" else spec.group_size
         layout = batch_layout(settings, mesh, backend=backend)(lengths, limit, group_size)
         return Shapes(task, layout, lengths.shape[1] - 1, int(lengths.sum()))

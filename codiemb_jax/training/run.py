@@ -80,7 +80,7 @@ def open_training_model(settings: Settings) -> TrainingSetup:
     check_batch_sizes(settings, row_shards(mesh))
     if settings.optimizer.offload:
         check_host_memory(mesh.local_devices[0])
-    max_tokens = max(settings.data.query_max_tokens, settings.data.passage_max_tokens)
+    max_tokens = settings.data.max_tokens()
     model = open_model(settings.model, settings.prompt, mesh, max_tokens)
     if settings.export:
         check_exportable(model.blueprint)
@@ -177,7 +177,7 @@ def batch_layout(settings: Settings, mesh: jax.sharding.Mesh, backend: Backend =
     data, multiple = settings.data, ROW_MULTIPLES.get(backend, 1)
     if not data.packing:
         return PaddedLayout(row_shards(mesh), multiple)
-    longest = max(data.query_max_tokens, data.passage_max_tokens)
+    longest = data.max_tokens()
     if data.row_tokens and data.row_tokens % multiple:
         raise UserError(
             f"data.row_tokens: {data.row_tokens} must be a multiple of {multiple} for attention with {backend}; "

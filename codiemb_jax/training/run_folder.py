@@ -30,9 +30,9 @@ from codiemb_jax.remote import Location
 CHANGEABLE_SETTINGS = (
     "output_dir", "mesh", "distributed", "encode_chunks", "checkpoint", "export", "evaluation", "tracking",
     "push_to_hub", "model.remat",
-    "data.packing", "data.row_tokens", "optimizer.offload", "non_finite",
+    "data.packing", "data.row_tokens", "optimizer.offload", "non_finite", "non_finite_skips",
 )  # fmt: skip
-"""Settings that may change when a run is continued, because they do not affect the results of its steps."""
+"""Settings and sections that may change when a run is continued: they do not affect the results of its steps."""
 
 FORMAT_KEY = "codiemb_jax"
 """Key in inputs.json that identifies the folder of a run. Its value is the version of the format."""
@@ -212,7 +212,7 @@ class RunFolder:
         differences = [
             f"{name}: was {old.get(name)}, now {new.get(name)}"
             for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name) and not str(name).startswith(CHANGEABLE_SETTINGS)
+            if old.get(name) != new.get(name) and not _is_changeable(name)
         ]
         differences += [
             f"{name}: {_describe_change(was, inputs.get(name))}"
@@ -384,6 +384,10 @@ def newest_step(checkpoints: Location) -> int:
 
 def _resolve(path: Location) -> Location:
     return path.resolve() if isinstance(path, Path) else path
+
+
+def _is_changeable(name: str) -> bool:
+    return any(name == changeable or name.startswith(f"{changeable}.") for changeable in CHANGEABLE_SETTINGS)
 
 
 def _describe_change(old: str | None, new: str | None) -> str:

@@ -207,6 +207,7 @@ def make_step(
         key = jax.random.fold_in(random_key(settings.seed, "dropout"), number) if dropout else None
         loss_fn = partial(batch_loss, graph, batch=batch, key=key, task=task, settings=settings, mesh=mesh)
         (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)  # those of bfloat16 weights are bfloat16
         opt_state = state.opt_state
         if settings.optimizer.offload:  # the shardings of the output move it back
             opt_state = jax.device_put(opt_state, jax.memory.Space.Device)

@@ -1,5 +1,6 @@
 """Tests of finding and naming data files."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,6 +16,40 @@ def test_find_files_searches_folders_recursively_and_sorts(tmp_path):
         (tmp_path / name).write_text("{}")
     files = find_files([tmp_path / "b", tmp_path / "a.jsonl"], "data.ir")
     assert files == [tmp_path / "a.jsonl", tmp_path / "b/deep/er/a.json", tmp_path / "b/z.jsonl"]
+
+
+def test_linked_files_and_folders_are_found_once(tmp_path):
+    for name in ("elsewhere/a.json", "folder/b.json", "c.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    folder = tmp_path / "folder"
+    for name, target in (("linked", tmp_path / "elsewhere"), ("loop", folder), ("c.json", tmp_path / "c.json")):
+        (folder / name).symlink_to(target)
+    assert find_files([folder], "data.ir") == [folder / "b.json", folder / "c.json", folder / "linked" / "a.json"]
+
+
+def test_what_cannot_be_read_in_a_folder_is_reported(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    (folder / "private").mkdir(parents=True)
+    (folder / "a.json").write_text("{}")
+    (folder / "broken.jsonl").symlink_to("missing.jsonl")
+    (folder / "folder.json").mkdir()
+    os.mkfifo(folder / "pipe.json")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # root may read everything
+        if Path(path).name == "private":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError) as caught:
+        find_files([folder], "data.ir")
+    assert sorted(str(caught.value).splitlines()[1:]) == [
+        f"  {folder}/broken.jsonl: the link leads nowhere",
+        f"  {folder}/pipe.json: not a file",
+        f"  {folder}/private: cannot be read: Permission denied",
+    ]
 
 
 def test_all_invalid_paths_are_reported(tmp_path):

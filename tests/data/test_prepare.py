@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from codiemb_jax.cache import cache_folder, remote_cache
@@ -153,6 +154,22 @@ def test_sts_pairs_are_stored_as_queries_with_their_score(tmp_path, prompt_token
     assert index.positives.tolist() == [1] * 5 and index.negatives.tolist() == [0] * 5
     for texts, record in zip(read(data, range(5)), read_records(data.path, "sts"), strict=True):
         assert_same_tokens(texts, prompt_tokenizer.tokenize_queries([record.query, *record.positives], 40))
+
+
+@pytest.mark.parametrize(("query_max_tokens", "passage_max_tokens"), [(10, 40), (40, 10), (12, 12)])
+def test_both_texts_of_a_pair_have_the_limit_of_queries(
+    query_max_tokens, passage_max_tokens, tmp_path, prompt_tokenizer, cache
+):
+    limits = {"query_max_tokens": query_max_tokens, "passage_max_tokens": passage_max_tokens}
+    path = write_sts(tmp_path / "a.jsonl", [0.5] * 8)
+    data = prepare(path, "sts", prompt_tokenizer, cache=cache, **limits)
+    texts = [
+        prompt_tokenizer.tokenize_queries([triple], 1000)[0].ids.size
+        for record in read_records(path, "sts")
+        for triple in (record.query, *record.positives)
+    ]
+    assert min(texts) > 10 and max(texts) < 40
+    assert data.totals.full == sum(size >= query_max_tokens for size in texts)
 
 
 def test_prepared_file_is_not_tokenized_again(tmp_path, prompt_tokenizer, cache, monkeypatch):
@@ -378,18 +395,17 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path, prompt_tokenizer, c
     path = write_ir(tmp_path / "a.jsonl", 3)
     folder = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS).folder
     (folder / "index" / "manifest.json").unlink()  # now the dataset is incomplete
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    host = module.socket.gethostname().replace(".", "-")
-    names = {
-        process: cache / f".{folder.name}.{host}.{process}.abc" for process in (dead.pid, os.getpid(), os.getppid())
-    }
-    other_host = cache / f".{folder.name}.another-host.{dead.pid}.abc"
-    for leftover in (*names.values(), other_host):
-        (leftover / "unfinished").mkdir(parents=True)
-    data = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
+    prefix = f".{folder.name}.{module.socket.gethostname().replace('.', '-')}."
+    leftover, in_use, unknown = (cache / f"{prefix}{name}" for name in ("left", "used", "without-lock"))
+    other_host, other_dataset = cache / f".{folder.name}.another-host.left", cache / f".other{prefix}left"
+    for path_left in (leftover, in_use, unknown, other_host, other_dataset):
+        (path_left / "unfinished").mkdir(parents=True)
+        if path_left != unknown:
+            (path_left / "lock").touch()
+    with FileLock(in_use / "lock"):
+        data = prepare(path, "ir", prompt_tokenizer, cache=cache, **LIMITS)
     assert len(read(data, range(3))) == 3
-    assert sorted(cache.iterdir()) == sorted([folder, names[os.getppid()], other_host])
+    assert sorted(cache.iterdir()) == sorted([folder, in_use, unknown, other_host, other_dataset])
 
 
 def test_prepared_dataset_pickles_as_paths(tmp_path, prompt_tokenizer, cache):

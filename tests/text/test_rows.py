@@ -5,11 +5,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codiemb_jax.text.prompts import Tokens
-from codiemb_jax.text.rows import Texts, lay_out, pack, padded_count, padded_length, rows_per_chunk, whole_chunks
+from codiemb_jax.text.rows import (
+    Texts,
+    lay_out,
+    pack,
+    padded_count,
+    padded_length,
+    ragged_ranges,
+    rows_per_chunk,
+    whole_chunks,
+)
 
 
 def make_text(ids: list[int], content_start: int) -> Tokens:
     return Tokens(np.array(ids, np.int32), content_start)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 5)), max_size=20))
+def test_ragged_ranges(ranges):
+    starts, counts = np.array(ranges, np.int64).reshape(-1, 2).T
+    actual = ragged_ranges(starts, counts.astype(np.int32))
+    assert actual.dtype == np.int64
+    assert actual.tolist() == [index for start, count in ranges for index in range(start, start + count)]
 
 
 def test_one_text_per_row():

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
 from codiemb_jax.config import OptimizerSettings
@@ -27,40 +27,51 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CODIEMB_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.999, 0.999)])
 @pytest.mark.parametrize("moments_dtype", [None, "bfloat16"])
-def test_updates_match_adamw_in_float64(moments_dtype):
-    settings = OptimizerSettings(moments_dtype=moments_dtype, weight_decay=0.1)
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_updates_match_adamw_in_float64(param_dtype, moments_dtype, betas):
+    settings = OptimizerSettings(moments_dtype=moments_dtype, betas=betas, weight_decay=0.1)
     optimizer = make_optimizer(settings, lambda _: LEARNING_RATE)
     random = np.random.default_rng(0)
-    weight = random.standard_normal((64, 8)).astype(np.float32)
-    gradients = random.standard_normal((20, 64, 8)).astype(np.float32)
-    params = {"weight": jnp.asarray(weight)}
+    start = random.standard_normal((64, 8)).astype(param_dtype)
+    # They shrink to a third, so that moments that do not decay would be wrong.
+    gradients = (random.standard_normal((40, 64, 8)) * np.linspace(3, 1, 40)[:, None, None]).astype(np.float32)
+    params = {"weight": jnp.asarray(start)}
     state = optimizer.init(params)
-    expected, first, second = weight.astype(np.float64), np.zeros((64, 8)), np.zeros((64, 8))
+    first, second = np.zeros((64, 8)), np.zeros((64, 8))
 
-    def rounded(x: Any) -> np.ndarray:
-        """What optax computes in the dtype of the first moment: the moment, and its product with the decay rate."""
-        return np.asarray(x).astype(ml_dtypes.bfloat16 if moments_dtype else np.float64).astype(np.float64)
+    def stored(x: np.ndarray, dtype: str | None) -> np.ndarray:
+        return x.astype(dtype or "float32").astype(np.float64)
 
     for step, gradient in enumerate(gradients.astype(np.float64), 1):
+        before = np.asarray(params["weight"], np.float64)
         updates, state = optimizer.update({"weight": jnp.asarray(gradient, jnp.float32)}, state, params)
-        params = jax.tree.map(jnp.add, params, updates)
-        first = rounded(rounded(0.9) * first) + 0.1 * gradient
-        second = 0.999 * second + 0.001 * gradient**2
-        ratio = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
-        expected -= LEARNING_RATE * (ratio + 0.1 * expected)
-        first = rounded(first)
-    adam = next(
-        leaf for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: hasattr(leaf, "mu")) if hasattr(leaf, "mu")
-    )
+        params = optax.apply_updates(params, updates)
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
+        ratio = first / (1 - betas[0] ** step) / (np.sqrt(second / (1 - betas[1] ** step)) + 1e-8)
+        change = -LEARNING_RATE * (ratio + 0.1 * before)
+        # What is stored may be rounded to either of two neighbors, so each step starts from what the last one stored.
+        adam = next(node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node))
+        np.testing.assert_allclose(updates["weight"], change, rtol=2e-5, atol=1e-7)
+        rounding = 2**-8 if param_dtype == "bfloat16" else 2e-7
+        np.testing.assert_allclose(params["weight"].astype(np.float64), before + change, rtol=rounding, atol=1e-7)
+        np.testing.assert_allclose(
+            adam.mu["weight"].astype(np.float64),
+            stored(first, moments_dtype),
+            rtol=2**-7 if moments_dtype else 1e-5,
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(adam.nu["weight"], second, rtol=1e-5)
+        first = np.asarray(adam.mu["weight"], np.float64)
     assert (adam.mu["weight"].dtype, adam.nu["weight"].dtype) == (jnp.dtype(moments_dtype or "float32"), jnp.float32)
-    # A moment close to the middle of two bfloat16 numbers may be rounded to the other one.
-    tolerance = LEARNING_RATE * 2**-8 if moments_dtype else 1e-6
-    np.testing.assert_allclose(params["weight"], expected, rtol=1e-6, atol=tolerance)
-    np.testing.assert_allclose(
-        adam.mu["weight"].astype(np.float32), first, rtol=2**-7 if moments_dtype else 1e-4, atol=1e-6
-    )
-    assert np.abs(params["weight"] - weight).max() > 5 * LEARNING_RATE
+    assert params["weight"].dtype == param_dtype
+    assert np.abs(params["weight"].astype(np.float64) - start).max() > 5 * LEARNING_RATE
+
+
+def is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
 
 
 def settings(golden, folder, **optimizer: Any) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,21 +28,42 @@ def settings(golden, tmp_path, monkeypatch):
     return golden_settings(golden, tmp_path / "run", data={"ir": [str(golden / "data" / "news.jsonl")]})
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_exits_with_code_0(settings, tmp_path):
-    expected = run({**settings, "output_dir": str(tmp_path / "whole")}, tmp_path)
-    config = tmp_path / "settings.yaml"
+def stop_after_first_step(settings: dict[str, Any], folder: Path) -> str:
+    """Starts a run, sends it SIGTERM once it has logged a step, and returns what it has written to stderr."""
+    config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not metrics.exists() or not metrics.read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=200)
+    metrics = folder / "run" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 200
+        while not metrics.exists() or not metrics.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=200)
+    finally:
+        process.kill()
     assert process.returncode == 0
+    return error
+
+
+def test_sigterm_ends_a_long_run_with_a_checkpoint(settings, tmp_path):
+    settings["optimizer"]["max_steps"] = 100_000
+    settings["checkpoint"] = {"every_epochs": None}
+    error = stop_after_first_step(settings, tmp_path)
+    assert "stopped by SIGTERM; run the same command again to continue" in error
+    done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert 0 < done < 10_000
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [done]
+    assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_code_0(settings, tmp_path):
+    expected = run({**settings, "output_dir": str(tmp_path / "whole")}, tmp_path)
+    error = stop_after_first_step(settings, tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
     if "stopped by SIGTERM" in error:  # unless the run was faster
         done = len(metrics.read_text().splitlines())
         # An epoch has one step, and three checkpoints are kept.
