@@ -58,7 +58,7 @@ class StepSource:
             queries=embeddings[:, 0],
             passages=embeddings[:, 1:],
             scores=dataset.scores(examples),
-            texts=plan.texts and PassageTexts(*(texts[start:stop] for texts in plan.texts)),
+            texts=plan.texts and PassageTexts(*(array[start:stop] for array in plan.texts)),
         )
 
 

@@ -202,7 +202,7 @@ class Plan:
         texts = None
         if self.compare_texts and task != "sts":
             indexed = [(self.sources[source].index, examples, passages) for source, examples, passages in parts]
-            texts = PassageTexts(*(texts[layout.order] for texts in find_texts(indexed)))
+            texts = PassageTexts(*(array[layout.order] for array in find_texts(indexed)))
         return StepPlan(
             number=number,
             epoch=number // self.steps_per_epoch,
