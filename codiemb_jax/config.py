@@ -450,3 +450,8 @@ class Settings(Section):
             group_size_setting="objective.sts_list_size",
         )
         return tuple(task for task in (ir, sts) if task.paths)
+
+    @property
+    def step_tasks(self) -> list[StepTask]:
+        """The tasks of the steps."""
+        return ["mixed"] if self.data.sampler == "mixed" else [task.name for task in self.tasks]

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from codiemb_jax.batch import StepTask
 from codiemb_jax.cache import shown
 from codiemb_jax.checkpoints.export import write_export
 from codiemb_jax.checkpoints.hub import create_repository, upload_export
@@ -129,11 +128,9 @@ def run_steps(
         state = TrainState(*restore_run(folder.checkpoints, done, *layout))
     else:
         state = initial_state(optimizer, initial, layout)
-    mixed = settings.data.sampler == "mixed"
-    tasks: list[StepTask] = ["mixed"] if mixed else [task.name for task in settings.tasks]
     steps = {
         task: make_step(model.graph, optimizer, schedule, settings, mesh, layout, task, model.config.has_dropout)
-        for task in tasks
+        for task in settings.step_tasks
     }
     selection = monitor.selection
     with preemption() as is_preempted, ExitStack() as stack:

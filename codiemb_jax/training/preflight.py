@@ -99,7 +99,7 @@ class Preflight:
         on_device, on_host = state_bytes(settings, params)
         shapes: dict[StepTask, Shapes] = {}
         steps: dict[StepTask, StepEstimate] = {}
-        for task in step_tasks(settings):
+        for task in settings.step_tasks:
             step, shapes[task] = self.trace(settings, task)
             if self._chip.memory is not None and on_device > self._chip.memory:  # no need to compile
                 steps[task] = StepEstimate(on_device, None, False, device_flops(step, mesh), None, None, None)
@@ -208,11 +208,6 @@ def model_config(path: str) -> dict[str, Any]:
         )
     folder = resolve_model_path(path)
     return OrbaxCheckpoint(folder).config if is_checkpoint(folder) else read_json(folder / "config.json", dict)
-
-
-def step_tasks(settings: Settings) -> list[StepTask]:
-    """Returns the tasks of the steps."""
-    return ["mixed"] if settings.data.sampler == "mixed" else [task.name for task in settings.tasks]
 
 
 def text_lengths(
