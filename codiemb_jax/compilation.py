@@ -35,6 +35,8 @@ def use_compilation_cache() -> None:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = folder.resolve()  # a link could be changed after the check
         problem = _problem(folder)
+    except FileExistsError as error:
+        problem = f"{error.filename} is not a folder; move it away"
     except OSError as error:
         problem = f"{folder} cannot be used ({error.strerror})"
     if problem:

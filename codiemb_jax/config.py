@@ -157,7 +157,7 @@ class DataSettings(Section):
     size, and each device draws its examples from a single dataset and compares only its own (an ablation)."""
     max_examples: PositiveInt | None = None
     """Number of examples used from each dataset, chosen at random by the seed and the dataset's name; null uses all."""
-    ir_share: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
+    ir_share: Annotated[float, Field(strict=True, gt=0, lt=1), AfterValidator(_check_float32)] | None = None
     """Share of retrieval steps, the same throughout the run; null gives each task the share of its batches. The number
     of steps per epoch does not change, so the data of one task is used more often and that of the other less often."""
     ir_global_batch_size: PositiveInt = 224
@@ -235,7 +235,9 @@ class ObjectiveSettings(Section):
     """Weight of the PRO loss."""
     mid_info_nce_weight: NonNegativeFloat = 1.0
     """Weight of InfoNCE on the middle layer; 0 disables it."""
-    mid_info_nce_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
+    mid_info_nce_threshold: Annotated[
+        float, Field(strict=True, allow_inf_nan=False), AfterValidator(_check_float32)
+    ] = 1.0
     """Minimum score of the pairs that InfoNCE uses as positives in similarity steps."""
 
 

@@ -27,7 +27,10 @@ MAX_NODES = 10_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that constructs only plain values and reads 1e-5 as a number, as YAML 1.2 and JSON do."""
+    """YAML loader that constructs only plain values and reads numbers as JSON and YAML 1.2 do.
+
+    YAML 1.1 reads 010 as 8 and 2:8 as 128, but 1e-5 as a text.
+    """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -38,11 +41,26 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """YAML dumper that quotes what `_Loader` would read as a number."""
+
+
+INTEGER, NUMBER = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+"""YAML tags."""
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (INTEGER, NUMBER)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789"))
+    _class.add_implicit_resolver(
+        NUMBER,
+        re.compile(
+            r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+            r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+        ),
+        list("-+.0123456789"),
+    )
 
 
 def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
@@ -65,6 +83,11 @@ def load_settings(path: Path, flags: Sequence[str] = ()) -> Settings:
     except ValidationError as error:
         problems = [_format_problem(problem, node, path, set(flag_texts)) for problem in error.errors()]
         raise UserError("invalid settings:\n" + format_problems(problems)) from error
+
+
+def dump_settings(settings: Settings) -> str:
+    """Returns settings as YAML that `load_settings` reads."""
+    return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def find_config(name: str) -> Path:

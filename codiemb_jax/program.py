@@ -4,6 +4,7 @@ import argparse
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,11 +19,13 @@ from codiemb_jax.files import is_unicode, local_path
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that raises `UserError` for invalid arguments and accepts no abbreviated flags."""
+    """Argument parser that raises `UserError` for invalid arguments, and accepts -1e-3 but no abbreviated flags."""
 
     def __init__(self, prog: str | None = None, description: str | None = None, **options: Any):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=formatter, **options)
+        # argparse takes -1e-3 for a flag.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(shorten(message, 300))

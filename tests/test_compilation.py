@@ -98,10 +98,16 @@ def others_can_replace(cache: Path) -> None:
     cache.chmod(0o777)
 
 
+def compiled_is_a_file(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "compiled").write_text("a file")
+
+
 UNTRUSTED = {
     "other users can write to .*cache/compiled/.*; delete it, because its content cannot be trusted": others_can_write,
     "other users can replace folders in .*cache; run chmod go-w .*cache$": others_can_replace,
     r".*cache/compiled/\w+ cannot be used \(Not a directory\)": lambda cache: cache.write_text("a file"),
+    ".*cache/compiled is not a folder; move it away$": compiled_is_a_file,
 }
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from codiemb_jax.config import Settings, TaskSpec
-from codiemb_jax.config_file import flags_parser, load_settings
+from codiemb_jax.config import PromptSettings, Settings, TaskSpec
+from codiemb_jax.config_file import dump_settings, flags_parser, load_settings
 from codiemb_jax.errors import UserError
 
 MINIMAL = """output_dir: runs/name
@@ -140,7 +140,13 @@ def test_settings_from_file(load):
 
 def test_dumped_settings_load_unchanged(load):
     settings = load(MINIMAL, "--optimizer.betas", "[0.8, 0.9]", "--optimizer.eps", "1e-6", "--prompt.query", "")
-    assert load(yaml.safe_dump(settings.model_dump(mode="json"))) == settings
+    assert load(dump_settings(settings)) == settings
+
+
+@pytest.mark.parametrize("text", ["2e-5", "1e5", "+1.5E3", "010", "2:8", "0x10", "1.5", "null", "true", "2024-01-01"])
+def test_dumped_texts_that_look_like_other_values_load_unchanged(text, load):
+    settings = load(MINIMAL).model_copy(update={"prompt": PromptSettings(default_instruction=text)})
+    assert load(dump_settings(settings)) == settings
 
 
 def test_flags_override_single_settings_of_the_file(load):
@@ -328,6 +334,8 @@ def test_home_directory_is_expanded(load, monkeypatch):
         ("1.5e3", 1500),
         ("2", 2),
         ("0", 0),
+        ("0x10", 16),
+        ("1_000", 1000),
     ],
 )
 def test_number_formats(text, value, load):
@@ -335,9 +343,17 @@ def test_number_formats(text, value, load):
     assert load(MINIMAL, "--optimizer.learning_rate", text).optimizer.learning_rate == value
 
 
+@pytest.mark.parametrize("text", ["-1e-3", "-0.001", "-.001", "-1.E-3"])
+def test_negative_number_as_a_flag(text, load):
+    assert load(MINIMAL, "--objective.mid_info_nce_threshold", text).objective.mid_info_nce_threshold == -1e-3
+
+
 WRONG_TYPES = {
     ("seed", "true"): "Input should be a valid integer, found True",
     ("seed", "'1'"): "Input should be a valid integer, found '1'",
+    ("seed", "010"): "Input should be a valid integer, found '010'",  # 8 in YAML 1.1
+    ("data.row_tokens", "2:8"): "Input should be a valid integer, found '2:8'",  # 128 in YAML 1.1
+    ("optimizer.learning_rate", "1:30.5"): "Input should be a valid number, found '1:30.5'",
     ("seed", "1.0"): "Input should be a valid integer, found 1.0",
     ("encode_chunks", "1e3"): "Input should be a valid integer, found 1000.0",
     ("data.max_examples", "true"): "Input should be a valid integer, found True",
@@ -422,6 +438,7 @@ def test_more_than_1024_passages_per_query_raise_user_error(name, load, error_li
 NOT_FLOAT32 = {
     "optimizer.learning_rate": "1e300", "optimizer.weight_decay": "1e300", "optimizer.eps": "1e-300",
     "objective.temperature": "1e-320", "objective.pearson_weight": "1e16",
+    "objective.mid_info_nce_threshold": "-1e300", "data.ir_share": "1e-300",
 }  # fmt: skip
 
 

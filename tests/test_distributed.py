@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from codiemb_jax.config import DistributedSettings
+from codiemb_jax.config import DistributedSettings, Settings
 from codiemb_jax.distributed import check_same, exchange, in_turns, to_host
 from codiemb_jax.errors import UserError
-from tests.helpers import load_weights
+from codiemb_jax.training.run import run_identity
+from tests.helpers import golden_settings, load_weights
 from tests.processes import Processes
 
 SETTINGS = """
@@ -277,6 +278,14 @@ def test_a_single_process_talks_to_itself():
     assert in_turns(lambda: "done") == "done"
     check_same({"seed": "1"}, "set it")
     np.testing.assert_array_equal(to_host({"x": np.arange(3)})["x"], np.arange(3))
+
+
+def test_settings_are_compared_by_name(golden, tmp_path):
+    values = golden_settings(golden, tmp_path / "run", data={"ir": ["a.jsonl"]})
+    identity = run_identity(Settings.model_validate(values), {"a.jsonl": "0123"})
+    assert identity["data.packing"] == "true" and identity["data.ir"] == '["a.jsonl"]'
+    assert identity["optimizer.betas"] == "[0.9, 0.999]" and identity["a.jsonl"] == "0123"
+    assert not any(name.startswith("distributed") for name in identity)
 
 
 def test_different_values_are_reported(monkeypatch):

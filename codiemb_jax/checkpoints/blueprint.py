@@ -126,7 +126,7 @@ class Blueprint(BaseModel):
         try:
             with tempfile.TemporaryDirectory() as folder:
                 write_files(Path(folder), self.files)
-                with tokenizer_errors():
+                with tokenizer_errors("tokenizer.json or tokenizer_config.json"):
                     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         except OSError as error:
             raise UserError(

@@ -44,7 +44,7 @@ class HuggingFaceFolder(ModelFolder):
         self._read_config()
         self.prefix = find_prefix(self.dtypes, self.family)
         self.files = _read_tokenizer_files(path)
-        self.code = _read_files(sorted(path.glob("*.py")))
+        self.code = _read_files(path, sorted(file.name for file in path.glob("*.py")))
         self._dense = WeightFiles(modules.dense) if modules and modules.dense else None
         self.stored_settings = self._read_attention(modules is not None) | (modules.encoding if modules else {})
         text, max_tokens = read_prompts(path, modules.include_prompt if modules else True)
@@ -78,11 +78,17 @@ class HuggingFaceFolder(ModelFolder):
         return {name: self._weights.lazy(name) for name in self._passthrough}
 
 
-def _read_files(paths: Iterable[Path]) -> dict[str, str]:
+def _read_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Reads files that checkpoints and exports contain, so a link must not lead to any other file of the user."""
     files = {}
-    for path in paths:
+    own = folder.resolve()
+    # In the cache of huggingface_hub, the files of snapshots/REVISION are links to blobs.
+    allowed = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
+    for path in (folder / name for name in names):
         if path.is_file():
             try:
+                if not any(path.resolve().is_relative_to(parent) for parent in allowed):
+                    raise UserError(f"{path}: is a link out of the folder; replace it with a copy of the file")
                 files[path.name] = base64.b64encode(path.read_bytes()).decode()
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -95,4 +101,4 @@ def _read_tokenizer_files(folder: Path) -> dict[str, str]:
             f"{folder}: tokenizer.json is missing; save a fast tokenizer there "
             "(AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER))"
         )
-    return _read_files(folder / name for name in TOKENIZER_FILES)
+    return _read_files(folder, TOKENIZER_FILES)

@@ -40,14 +40,14 @@ class Tokens(NamedTuple):
 
 
 @contextmanager
-def tokenizer_errors() -> Iterator[None]:
-    """Raises `UserError` if the tokenizers library fails, which means that tokenizer.json is invalid."""
+def tokenizer_errors(files: str = "tokenizer.json") -> Iterator[None]:
+    """Raises `UserError` if the tokenizers library fails in this block, which means that `files` are invalid."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
-        raise UserError(f"invalid tokenizer.json: {shorten(str(error), 200)}") from error
+        raise UserError(f"invalid {files}: {shorten(str(error), 200)}") from error
 
 
 class EmptyContentError(UserError):

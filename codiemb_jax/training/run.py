@@ -27,7 +27,7 @@ from codiemb_jax.remote import Location, original
 from codiemb_jax.sharding import find_devices, make_mesh, row_shards
 from codiemb_jax.text.prompts import PromptTokenizer
 from codiemb_jax.training.remote_folder import open_run_folder
-from codiemb_jax.training.run_folder import RunFolder
+from codiemb_jax.training.run_folder import RunFolder, flatten
 from codiemb_jax.training.state import HOST_MEMORY
 from codiemb_jax.training.step import needs_texts
 from codiemb_jax.training.trackers import check_tracking
@@ -135,8 +135,8 @@ def open_run(setup: TrainingSetup) -> Run:
 
 def run_identity(settings: Settings, inputs: Mapping[str, str]) -> dict[str, str]:
     """Returns everything that must be the same in all processes of a run, by name."""
-    values = settings.model_dump(mode="json", exclude={"distributed"})
-    return {name: json.dumps(value, sort_keys=True) for name, value in values.items()} | dict(inputs)
+    values = flatten(settings.model_dump(mode="json", exclude={"distributed"}))
+    return {name: json.dumps(value) for name, value in values.items()} | dict(inputs)
 
 
 def find_data(settings: Settings) -> dict[Task, list[Path]]:

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import jax
-import yaml
 from filelock import FileLock, Timeout
 
 from codiemb_jax.checkpoints.orbax import is_checkpoint
 from codiemb_jax.checkpoints.run_checkpoints import saved_steps
 from codiemb_jax.config import Settings
-from codiemb_jax.config_file import read_values
+from codiemb_jax.config_file import dump_settings, read_values
 from codiemb_jax.distributed import first_value, is_first_process
 from codiemb_jax.errors import UserError, format_problems, shorten
 from codiemb_jax.files import read_json, write_atomically, write_json
@@ -204,11 +203,11 @@ class RunFolder:
 
     def _compare_run(self, settings: Settings, inputs: Mapping[str, str]) -> None:
         try:
-            old = _flatten(read_values(self.config)[0])
+            old = flatten(read_values(self.config)[0])
             old_inputs = self._read(self.inputs)["inputs"].items()
         except (UserError, AttributeError, TypeError, KeyError) as error:
             raise self._unknown_run_error(str(error)) from error
-        new = _flatten(settings.model_dump(mode="json"))
+        new = flatten(settings.model_dump(mode="json"))
         differences = [
             f"{name}: was {old.get(name)}, now {new.get(name)}"
             for name in sorted(old.keys() | new.keys())
@@ -283,8 +282,7 @@ class RunFolder:
         """Writes config.yaml and inputs.json, which identify the run."""
         content = {"inputs": dict(inputs), "exports": self._exports(), "id": secrets.token_hex(8)}
         write_json(self.inputs, {FORMAT_KEY: FORMAT_VERSION} | content)
-        resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomically(self.config, resolved)
+        write_atomically(self.config, dump_settings(settings))
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Reads a JSON file of the folder."""
@@ -303,12 +301,13 @@ class RunFolder:
     def _read_before(self) -> HeldOutMetrics:
         if not self.evaluation.exists():
             return {}
-        before = self._read(self.evaluation).get("before")
+        fix = "restore the file, or remove it to continue without these metrics"
+        try:
+            before = self._read(self.evaluation).get("before")
+        except UserError as error:
+            raise UserError(f"{error}; {fix}") from error
         if not is_metrics(before):
-            raise UserError(
-                f"{self.shown(self.evaluation)}: has no valid metrics under `before`; restore the file, or remove it "
-                "to continue without them"
-            )
+            raise UserError(f"{self.shown(self.evaluation)}: has no valid metrics under `before`; {fix}")
         return before
 
     def write_after(self, metrics: HeldOutMetrics, step: int) -> HeldOutMetrics:
@@ -423,8 +422,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings by name, such as `data.packing`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -279,6 +279,30 @@ def test_any_config_value_is_accepted_or_raises_user_error(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "custom.py"])
+def test_links_out_of_the_folder_are_refused(name, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "secret").write_text("not part of the model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    (tmp_path / "model" / name).symlink_to("../secret")
+    error = error_message(hf_to_orbax, "--model", tmp_path / "model", "--output", tmp_path / "orbax")
+    assert error is not None and error.startswith(f"{tmp_path}/model/{name}: is a link out of the folder; ")
+    assert not (tmp_path / "orbax").exists()
+    (tmp_path / "model" / name).unlink()
+    (tmp_path / "model" / name).symlink_to("tokenizer_config.json")
+    assert error_message(open_model_folder, tmp_path / "model") is None
+
+
+def test_folder_in_the_cache_of_the_hub_opens(tiny, tmp_path):
+    """Its files are links to blobs beside the folder of snapshots."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    shutil.copytree(tiny / "model", blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert error_message(open_model_folder, snapshot) is None
+
+
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},

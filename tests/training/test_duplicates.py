@@ -84,6 +84,23 @@ def test_step_masks_duplicates(golden, tmp_path):
         assert ring[name] == pytest.approx(line[name], rel=1e-5)
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_run_without_any_negatives_left_is_noted(mask, golden, tmp_path, capsys):
+    lines = [
+        {"task_type": "ir", "query": ["", "", query], "positives": [["", "", "It is a question about accounts."]]}
+        for query, _, _ in RECORDS
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = golden_settings(
+        golden, tmp_path / "run", data={"ir": [str(tmp_path / "labels.jsonl")], "negatives_per_query": 0},
+        objective={"mask_duplicates": mask}, optimizer={"max_steps": 2}, export=False,
+    )  # fmt: skip
+    losses = [line["loss"] for line in run(settings, tmp_path)]
+    note = "note: step 0 has a loss of 0, and 56 passages are masked, because they have the text of a positive; "
+    assert capsys.readouterr().err.count(note) == mask
+    assert losses == ([0, 0] if mask else pytest.approx([np.log(8)] * 2, rel=1e-5))
+
+
 def test_texts_are_compared_only_if_needed(golden, tmp_path):
     def needed(task, **objective):
         data = {"ir": ["ir.jsonl"], "sts": ["sts.jsonl"]}

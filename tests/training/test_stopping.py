@@ -132,6 +132,10 @@ def test_damaged_files_of_the_run_are_named(anchors, settings, tmp_path):
     evaluation.write_text(f'{{"before": {{"a b": {"9" * 400}}}}}')
     with pytest.raises(UserError, match="evaluation.json: has no valid metrics under `before`"):
         run(settings, tmp_path, "--optimizer.max_steps", "2", "--export", "false")
+    evaluation.write_text("[]")
+    fix = "restore the file, or remove it to continue without these metrics"
+    with pytest.raises(UserError, match=f"evaluation.json: expected a JSON object.*; {fix}"):
+        run(settings, tmp_path, "--optimizer.max_steps", "2", "--export", "false")
     names = "abcdefghij"[: anchors + 1]
     lines = ["a: &a {x: 1, y: 2}"]
     lines += [
