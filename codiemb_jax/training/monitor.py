@@ -78,7 +78,7 @@ class RunMonitor:
         skipped = self._non_finite.check(plan, values)
         if self._log is not None:
             self._log.write(plan, values, skipped)
-        if values["loss"] == 0 and values.get("masked") and not self._noted_masked:
+        if abs(values["loss"]) < 1e-6 and values.get("masked") and not self._noted_masked:
             self._noted_masked = True
             log_console().print(
                 f"note: step {plan.number} has a loss of 0, and {values['masked']} passages are masked, because they "
