@@ -1,10 +1,13 @@
 """Parses and validates data files in the data format of this project (docs/guides/data.md)."""
 
+import codecs
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,9 +134,21 @@ def check_records(path: Path, task: Task, empty: bool, problems: Sequence[str]) 
       UserError: If the file has invalid lines or none at all.
     """
     if problems:
-        raise UserError(f"invalid {task} data:\n{format_problems(problems)}")
+        raise UserError(f"invalid {task} data{_hint(path)}:\n{format_problems(problems)}")
     if empty:
         raise UserError(f"{shown(path)}: the file is empty, expected one JSON object per line")
+
+
+def _hint(path: Path) -> str:
+    """Returns what is wrong with a file as a whole, from how it starts; nothing if it may be JSON Lines."""
+    start = b""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(1000)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return " (the file is UTF-16; convert it to UTF-8)"
+    if re.match(rb'\s*(\[|\{\s*\n\s*")', start.removeprefix(codecs.BOM_UTF8)):
+        return " (the file is not JSON Lines; write each example as one object on a line of its own)"
+    return ""
 
 
 class _Object:

@@ -266,3 +266,27 @@ def test_hashes_differ_unless_all_parts_are_equal():
     ]
     assert len({triple.hash() for triple in triples}) == len(triples)
     assert Triple("", "", "ab").hash() == int.from_bytes(hashlib.blake2b(b"0 0 ab", digest_size=8).digest(), "little")
+
+
+NOT_LINES = {
+    "array": (json.dumps([ir_line()]).encode(), "not JSON Lines; write each example as one object"),
+    "indented array": (json.dumps([ir_line()], indent=2).encode(), "not JSON Lines"),
+    "byte-order mark": (b"\xef\xbb\xbf[" + json.dumps(ir_line()).encode() + b"]", "not JSON Lines"),
+    "indented object": (json.dumps(ir_line(), indent=2).encode(), "not JSON Lines"),
+    "UTF-16": (json.dumps(ir_line()).encode("utf-16"), "UTF-16; convert it to UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LINES)
+def test_file_in_another_format_is_recognized(name, tmp_path):
+    content, problem = NOT_LINES[name]
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^invalid ir data \(the file is {problem}.*\):\n  .*a.jsonl:1: "):
+        list(read_records(tmp_path / "a.jsonl", "ir"))
+
+
+@pytest.mark.parametrize("content", [b"{", b"{\n", b'{"a": 1}', b'{"query":\n'])
+def test_invalid_lines_are_not_taken_for_another_format(content, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="^invalid ir data:\n"):
+        list(read_records(tmp_path / "a.jsonl", "ir"))
