@@ -455,5 +455,5 @@ class Settings(Section):
 
     @property
     def step_tasks(self) -> list[StepTask]:
-        """The tasks of the steps."""
+        """The tasks of training steps. One step is compiled for each."""
         return ["mixed"] if self.data.sampler == "mixed" else [task.name for task in self.tasks]

@@ -27,9 +27,9 @@ MAX_NODES = 10_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that constructs only plain values and reads numbers as JSON and YAML 1.2 do.
+    """YAML loader that constructs only plain values.
 
-    YAML 1.1 reads 010 as 8 and 2:8 as 128, but 1e-5 as a text.
+    It reads 1e-5 as a number, and 010 and 2:8 as text. YAML 1.1 reads 1e-5 as text, 010 as 8 and 2:8 as 128.
     """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:

@@ -97,7 +97,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(shape: tuple[int, ...], sharding: Sharding, block: Callable[[Any], np.ndarray]) -> jax.Array:
-    """Like `jax.make_array_from_callback`, but allowed under a transfer guard, which calls its transfers implicit."""
+    """Like `jax.make_array_from_callback`, but allowed under a transfer guard, for which its transfers are implicit."""
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(shape, sharding, block)
 

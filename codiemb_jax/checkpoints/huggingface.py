@@ -79,11 +79,14 @@ class HuggingFaceFolder(ModelFolder):
 
 
 def _read_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Reads files that checkpoints and exports contain, so a link must not lead to any other file of the user."""
+    """Reads files that are copied into checkpoints and exports.
+
+    Links out of the folder are refused, because they could leak other files of the user.
+    """
     files = {}
     own = folder.resolve()
-    # In the cache of huggingface_hub, the files of snapshots/REVISION are links to blobs.
-    allowed = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
+    # In the cache of huggingface_hub, the files below snapshots are links to blobs.
+    allowed = [own, *(parent.parent / "blobs" for parent in own.parents if parent.name == "snapshots")]
     for path in (folder / name for name in names):
         if path.is_file():
             try:

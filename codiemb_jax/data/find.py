@@ -91,16 +91,20 @@ def _search(folder: Path) -> tuple[list[Path], list[str]]:
         problems.append(f"{error.filename}: cannot be read: {error.strerror}")
 
     for name, folders, names in os.walk(folder, followlinks=True, onerror=add_error):
+        # The same order on every host, so that a folder that is also linked has its own name.
+        folders.sort(key=lambda inner: (Path(name, inner).is_symlink(), inner))
         status = Path(name).stat()
         if (status.st_dev, status.st_ino) in visited:
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        for path in (Path(name, file) for file in names if _is_data_file(file)):
-            if path.is_file():
+        for path in (Path(name, file) for file in names):
+            if not path.exists():  # it may be that of a folder
+                problems.append(f"{path}: broken link")
+            elif _is_data_file(path.name) and not path.is_file():
+                problems.append(f"{path}: not a file")
+            elif _is_data_file(path.name):
                 files.append(path)
-            else:
-                problems.append(f"{path}: {'not a file' if path.exists() else 'the link leads nowhere'}")
     return files, problems
 
 

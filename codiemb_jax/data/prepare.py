@@ -10,11 +10,12 @@ import socket
 import sys
 import tempfile
 from collections.abc import Generator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from etils import epath
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -96,11 +97,11 @@ def prepare(
             raise UserError(f"{folder}: is not a folder; move it away")
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            # Other hosts may share the cache, but not all file systems share locks.
+            # Other hosts may share the cache, but not all file systems support locks across hosts.
             prefix = f".{folder.name}.{socket.gethostname().replace('.', '-')}."
             _remove_leftovers(cache, prefix)
             scratch = tempfile.TemporaryDirectory(prefix=prefix, dir=cache)
-            lock = FileLock(Path(scratch.name) / LOCK).acquire()
+            lock = _lock(Path(scratch.name))
         except OSError as error:
             raise UserError(
                 f"the cache {cache} cannot be written ({error}); set CODIEMB_JAX_CACHE to another folder"
@@ -172,12 +173,22 @@ def _move_into_place(unfinished: Path, folder: Path) -> None:
         unfinished.rename(folder)
 
 
+def _lock(folder: Path) -> AbstractContextManager[Any]:
+    """Locks a temporary folder, if its file system supports that."""
+    try:
+        return FileLock(folder / LOCK).acquire()
+    except (OSError, NotImplementedError):
+        (folder / LOCK).unlink(missing_ok=True)
+        return nullcontext()
+
+
 def _remove_leftovers(cache: Path, prefix: str) -> None:
-    """Removes temporary folders that killed processes of this host left for the same dataset, so that nobody locks."""
+    """Removes temporary folders for the same dataset that killed processes of this host left: their lock is free."""
     for leftover in cache.glob(f"{glob.escape(prefix)}*"):
-        if (leftover / LOCK).is_file() and not leftover.is_symlink():
-            with suppress(OSError, Timeout), FileLock(leftover / LOCK).acquire(blocking=False):
-                shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError, NotImplementedError):  # in use, or of another user
+            if (leftover / LOCK).is_file() and not leftover.is_symlink():
+                with FileLock(leftover / LOCK).acquire(blocking=False):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_dataset(file: DataFile, folder: Path, beam_runner: str | None) -> None:

@@ -100,6 +100,10 @@ class MetricsLog:
             left = timedelta(seconds=round(task.time_remaining or 0))
             self._console.print(f"step {plan.number + 1} of {task.total}  {status}  {left} left", soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Prints a note above the progress bar."""
+        self._console.print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
+
     def write_evaluation(self, evaluation: Evaluation, seconds: float, description: str) -> None:
         """Writes an evaluation.
 

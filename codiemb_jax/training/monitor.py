@@ -9,7 +9,7 @@ import jax
 
 from codiemb_jax.checkpoints.run_checkpoints import saved_steps
 from codiemb_jax.data.sampler import StepPlan
-from codiemb_jax.distributed import first_value, is_first_process, log_console
+from codiemb_jax.distributed import first_value, is_first_process
 from codiemb_jax.errors import UserError
 from codiemb_jax.models.build import Params
 from codiemb_jax.training.finite import NonFiniteSteps, count_skipped
@@ -78,15 +78,13 @@ class RunMonitor:
         skipped = self._non_finite.check(plan, values)
         if self._log is not None:
             self._log.write(plan, values, skipped)
-        if abs(values["loss"]) < 1e-6 and values.get("masked") and not self._noted_masked:
-            self._noted_masked = True
-            log_console().print(
-                f"note: step {plan.number} has a loss of 0, and {values['masked']} passages are masked, because they "
-                "have the text of a positive; if no negatives are left, add some, or set objective.mask_duplicates to "
-                "false",
-                soft_wrap=True,
-                markup=False,
-            )
+            if abs(values["loss"]) < 1e-5 and values.get("masked") and not self._noted_masked:
+                self._noted_masked = True
+                self._log.note(
+                    f"step {plan.number} has a loss of 0, and {values['masked']} pairs of a query and a passage are "
+                    "masked, because the passage has the text of a positive; if no negatives are left, add some, or "
+                    "set objective.mask_duplicates to false"
+                )
 
     def evaluate(self, params: Params, done: int) -> None:
         """Evaluates the parameters after `done` steps."""

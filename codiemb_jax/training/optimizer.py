@@ -13,7 +13,7 @@ from codiemb_jax.models.build import Params
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Creates AdamW, preceded by gradient clipping if `clip_norm` is set. Norms and biases are not decayed.
 
-    Gradients and updates are float32, also for bfloat16 weights.
+    Expects float32 gradients, also for bfloat16 weights, and returns float32 updates.
     """
 
     def decay_mask(params: Params) -> Any:

@@ -293,13 +293,14 @@ def test_links_out_of_the_folder_are_refused(name, tiny, tmp_path):
     assert error_message(open_model_folder, tmp_path / "model") is None
 
 
-def test_folder_in_the_cache_of_the_hub_opens(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["0123", "0123/subfolder"])
+def test_folder_in_the_cache_of_the_hub_opens(name, tiny, tmp_path):
     """Its files are links to blobs beside the folder of snapshots."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / name, tmp_path / "models--a--b" / "blobs"
     shutil.copytree(tiny / "model", blobs)
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+        (snapshot / file.name).symlink_to(file)
     assert error_message(open_model_folder, snapshot) is None
 
 

@@ -2,7 +2,9 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +30,29 @@ def test_linked_files_and_folders_are_found_once(tmp_path):
     assert find_files([folder], "data.ir") == [folder / "b.json", folder / "c.json", folder / "linked" / "a.json"]
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_folder_that_is_also_linked_has_its_own_name(reverse, tmp_path, monkeypatch):
+    for name in ("a", "z"):
+        (tmp_path / f"real-{name}").mkdir()
+        (tmp_path / f"real-{name}" / "data.json").write_text("{}")
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / f"real-{name}")
+    walk = os.walk
+
+    def walk_in_order(*args: Any, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for name, folders, names in walk(*args, **options):
+            folders.sort(reverse=reverse)
+            yield name, folders, names
+
+    monkeypatch.setattr(os, "walk", walk_in_order)
+    assert find_files([tmp_path], "data.ir") == [tmp_path / f"real-{name}" / "data.json" for name in ("a", "z")]
+
+
 def test_what_cannot_be_read_in_a_folder_is_reported(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     (folder / "private").mkdir(parents=True)
     (folder / "a.json").write_text("{}")
     (folder / "broken.jsonl").symlink_to("missing.jsonl")
+    (folder / "gone").symlink_to("/missing/folder")
     (folder / "folder.json").mkdir()
     os.mkfifo(folder / "pipe.json")
     scandir = os.scandir
@@ -46,7 +66,8 @@ def test_what_cannot_be_read_in_a_folder_is_reported(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         find_files([folder], "data.ir")
     assert sorted(str(caught.value).splitlines()[1:]) == [
-        f"  {folder}/broken.jsonl: the link leads nowhere",
+        f"  {folder}/broken.jsonl: broken link",
+        f"  {folder}/gone: broken link",
         f"  {folder}/pipe.json: not a file",
         f"  {folder}/private: cannot be read: Permission denied",
     ]

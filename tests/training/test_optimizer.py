@@ -154,6 +154,22 @@ def test_bfloat16_moments_barely_change_the_trajectory(golden, tmp_path, plain):
     assert without_seconds(again) == without_seconds(actual)
 
 
+def test_bfloat16_weights_have_float32_gradients_and_moments(golden, tmp_path, plain):
+    values = settings(golden, tmp_path / "run", learning_rate=1e-2)
+    values["model"]["param_dtype"] = "bfloat16"
+    actual = run(values, tmp_path)
+    first, expected = actual[0], plain[1][0]
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-2)
+    assert np.float32(first["grad_norm"]).astype("bfloat16") != np.float32(first["grad_norm"])
+    assert actual[-1]["loss"] < first["loss"] - 1
+    arrays = json.loads((tmp_path / "run" / "checkpoints" / "8" / "blueprint" / "metadata").read_text())["arrays"]
+    assert {entry[0] for entry in arrays["params"].values()} == {"bfloat16"}
+    moments = {entry[0] for name, entry in arrays["optimizer"].items() if "layers.up" in name}
+    assert moments == {"float32"}
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    assert without_seconds(run(values, tmp_path)) == without_seconds(actual)
+
+
 def test_moments_dtype_may_not_change_on_resume(golden, tmp_path, plain):
     shutil.copytree(plain[0], tmp_path / "run")
     with pytest.raises(UserError, match=r"other settings.*\n  optimizer.moments_dtype: was None, now bfloat16"):

@@ -33,19 +33,19 @@ def stop_after_first_step(settings: dict[str, Any], folder: Path) -> str:
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "codiemb_jax.train", "--config", str(config)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
-    metrics = folder / "run" / "metrics.jsonl"
-    try:
-        deadline = time.monotonic() + 200
-        while not metrics.exists() or not metrics.read_text():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=200)
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    return error
+    metrics, errors = folder / "run" / "metrics.jsonl", folder / "stderr"
+    with errors.open("w") as stderr, subprocess.Popen(command, stderr=stderr, env=os.environ) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not metrics.exists() or not metrics.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
+                time.sleep(0.002)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=200)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors.read_text()
+    return errors.read_text()
 
 
 def test_sigterm_ends_a_long_run_with_a_checkpoint(settings, tmp_path):
