@@ -635,11 +635,10 @@ def test_named_pipe_as_data_raises_user_error(golden, tmp_path):
         settings[section] = settings.get(section, {}) | {key: [str(tmp_path / "pipe.jsonl")]}
         with pytest.raises(UserError, match=rf"{section}.{key}:\n  .*pipe.jsonl: not a file or folder"):
             run(settings, tmp_path)
-    # In a folder, pipes are skipped like files with other extensions.
     settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(tmp_path / "folder")]})
     (tmp_path / "folder").mkdir()
     (tmp_path / "pipe.jsonl").rename(tmp_path / "folder" / "pipe.jsonl")
-    with pytest.raises(UserError, match="folder: the folder contains no .json or .jsonl files"):
+    with pytest.raises(UserError, match=rf"data.ir:\n  .*folder/pipe.jsonl: not a file"):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
 

@@ -156,7 +156,7 @@ def test_sts_pairs_are_stored_as_queries_with_their_score(tmp_path, prompt_token
         assert_same_tokens(texts, prompt_tokenizer.tokenize_queries([record.query, *record.positives], 40))
 
 
-@pytest.mark.parametrize(("query_max_tokens", "passage_max_tokens"), [(10, 40), (40, 10), (12, 12)])
+@pytest.mark.parametrize(("query_max_tokens", "passage_max_tokens"), [(22, 60), (60, 22), (22, 22)])
 def test_both_texts_of_a_pair_have_the_limit_of_queries(
     query_max_tokens, passage_max_tokens, tmp_path, prompt_tokenizer, cache
 ):
@@ -168,8 +168,8 @@ def test_both_texts_of_a_pair_have_the_limit_of_queries(
         for record in read_records(path, "sts")
         for triple in (record.query, *record.positives)
     ]
-    assert min(texts) > 10 and max(texts) < 40
-    assert data.totals.full == sum(size >= query_max_tokens for size in texts)
+    assert (min(texts), max(texts)) == (21, 22)
+    assert data.totals.full == (8 if query_max_tokens == 22 else 0)
 
 
 def test_prepared_file_is_not_tokenized_again(tmp_path, prompt_tokenizer, cache, monkeypatch):
