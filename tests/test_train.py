@@ -638,7 +638,7 @@ def test_named_pipe_as_data_raises_user_error(golden, tmp_path):
     settings = golden_settings(golden, tmp_path / "run", data={"ir": [str(tmp_path / "folder")]})
     (tmp_path / "folder").mkdir()
     (tmp_path / "pipe.jsonl").rename(tmp_path / "folder" / "pipe.jsonl")
-    with pytest.raises(UserError, match=rf"data.ir:\n  .*folder/pipe.jsonl: not a file"):
+    with pytest.raises(UserError, match=r"data.ir:\n  .*folder/pipe.jsonl: not a file"):
         run(settings, tmp_path)
     assert not (tmp_path / "run").exists()
 

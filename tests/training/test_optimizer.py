@@ -56,9 +56,9 @@ def test_updates_match_adamw_in_float64(param_dtype, moments_dtype, betas):
         adam = next(node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node))
         np.testing.assert_allclose(updates["weight"], change, rtol=2e-5, atol=1e-7)
         rounding = 2**-8 if param_dtype == "bfloat16" else 2e-7
-        np.testing.assert_allclose(params["weight"].astype(np.float64), before + change, rtol=rounding, atol=1e-7)
+        np.testing.assert_allclose(np.asarray(params["weight"], np.float64), before + change, rtol=rounding, atol=1e-7)
         np.testing.assert_allclose(
-            adam.mu["weight"].astype(np.float64),
+            np.asarray(adam.mu["weight"], np.float64),
             stored(first, moments_dtype),
             rtol=2**-7 if moments_dtype else 1e-5,
             atol=1e-6,
@@ -67,7 +67,7 @@ def test_updates_match_adamw_in_float64(param_dtype, moments_dtype, betas):
         first = np.asarray(adam.mu["weight"], np.float64)
     assert (adam.mu["weight"].dtype, adam.nu["weight"].dtype) == (jnp.dtype(moments_dtype or "float32"), jnp.float32)
     assert params["weight"].dtype == param_dtype
-    assert np.abs(params["weight"].astype(np.float64) - start).max() > 5 * LEARNING_RATE
+    assert np.abs(np.asarray(params["weight"], np.float64) - start).max() > 5 * LEARNING_RATE
 
 
 def is_adam(node: Any) -> bool:
