@@ -91,7 +91,7 @@ def _read_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
         if path.is_file():
             try:
                 if not any(path.resolve().is_relative_to(parent) for parent in allowed):
-                    raise UserError(f"{path}: is a link out of the folder; replace it with a copy of the file")
+                    raise UserError(f"{path}: is a link to a file outside the folder; replace it with a copy of the file")
                 files[path.name] = base64.b64encode(path.read_bytes()).decode()
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from error

@@ -286,7 +286,7 @@ def test_links_out_of_the_folder_are_refused(name, tiny, tmp_path):
     (tmp_path / "model" / name).unlink(missing_ok=True)
     (tmp_path / "model" / name).symlink_to("../secret")
     error = error_message(hf_to_orbax, "--model", tmp_path / "model", "--output", tmp_path / "orbax")
-    assert error is not None and error.startswith(f"{tmp_path}/model/{name}: is a link out of the folder; ")
+    assert error is not None and error.startswith(f"{tmp_path}/model/{name}: is a link to a file outside the folder; ")
     assert not (tmp_path / "orbax").exists()
     (tmp_path / "model" / name).unlink()
     (tmp_path / "model" / name).symlink_to("tokenizer_config.json")
