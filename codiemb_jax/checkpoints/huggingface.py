@@ -88,13 +88,14 @@ def _read_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     # In the cache of huggingface_hub, the files below snapshots are links to blobs.
     allowed = [own, *(parent.parent / "blobs" for parent in own.parents if parent.name == "snapshots")]
     for path in (folder / name for name in names):
-        if path.is_file():
-            try:
-                if not any(path.resolve().is_relative_to(parent) for parent in allowed):
-                    raise UserError(f"{path}: is a link to a file outside the folder; replace it with a copy of the file")
-                files[path.name] = base64.b64encode(path.read_bytes()).decode()
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        if not path.is_file():
+            continue
+        if not any(path.resolve().is_relative_to(parent) for parent in allowed):
+            raise UserError(f"{path}: is a link to a file outside the folder; replace it with a copy")
+        try:
+            files[path.name] = base64.b64encode(path.read_bytes()).decode()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     return files
 
 

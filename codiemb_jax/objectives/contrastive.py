@@ -13,8 +13,8 @@ from codiemb_jax.objectives.ring import ring_info_nce
 DENSE_BYTES = 2**27
 """Largest size of the scores of a device at which they are computed at once, see `benchmarks/info_nce.py`.
 
-On one CPU device, the ring is about as fast above it, and needs no memory for scores. The gradient of the dense form needs two to
-three times their memory.
+On one CPU device, the ring is about as fast above it, and needs no memory for scores. The gradient of the dense form
+needs two to three times their memory.
 """
 
 
